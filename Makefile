@@ -1,0 +1,36 @@
+# `make demo` and `make test` do all their own set-up in .venv; nothing is installed elsewhere.
+PYTHON ?= python3
+TORCH  ?= "torch==2.13.0" "triton==3.7.1; platform_system == 'Linux'"
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint gpu clean
+
+demo: $(VENV)/.demo
+	$(BIN)/gptfast demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	@test ! -e kernels/__init__.py || { echo "kernels/__init__.py would shadow HuggingFace's 'kernels' package"; exit 1; }
+
+# torch first: another package's range must not choose the build.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml constraints.txt
+	$(PIP) --constraint constraints.txt --editable ".[text]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml constraints.txt
+	$(PIP) --constraint constraints.txt --editable ".[test]"
+	touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) build *.egg-info

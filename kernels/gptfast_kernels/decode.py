@@ -1,0 +1,94 @@
+"""Attention of new tokens over a key/value cache that they are appended to, in place.
+
+Row b of the cache holds ``cache_seqlens[b]`` positions. New keys and values go behind them; query t of row b then sees
+positions 0 … cache_seqlens[b] + t (``causal``). Rows may have different lengths.
+
+Shapes: q [B, T, H, D]; k, v [B, T, Hkv, D]; k_cache, v_cache [B, S, Hkv, D]; cache_seqlens int or int32/int64 [B].
+No gradient: decoding is inference.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _dispatch
+from .attention import flash_attention
+
+
+@torch.no_grad()
+def flash_attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    cache_seqlens: int | Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """Appends k and v to the caches, then attends.
+
+    Args:
+        q: [B, T, H, D].
+        k_cache, v_cache: [B, S, Hkv, D], written to at positions cache_seqlens … cache_seqlens + T - 1.
+        k, v: [B, T, Hkv, D] to append, or both None to attend over what is there.
+        cache_seqlens: positions already held, one number for all rows or [B]. An int costs no synchronisation.
+        softmax_scale: 1 / sqrt(D) if None.
+        causal: query t sees keys up to its own position; False: all that the row holds.
+        backend: "auto", "triton", "torch" or "reference".
+
+    Returns:
+        [B, T, H, D] in q's dtype.
+
+    Raises:
+        ValueError: shapes do not fit, or (``cache_seqlens`` an int, or on a CPU) the cache is too short.
+    """
+    B, T = q.shape[:2]
+    S = k_cache.shape[1]
+    if (k is None) != (v is None):
+        raise ValueError("k and v must both be given or both be None")
+    if k_cache.shape != v_cache.shape or k_cache.shape[0] != B:
+        raise ValueError(
+            f"k_cache and v_cache must both be [{B}, S, Hkv, D], got {list(k_cache.shape)} and {list(v_cache.shape)}"
+        )
+    if k is not None and v is not None and not k.shape == v.shape == (B, T, *k_cache.shape[2:]):
+        raise ValueError(
+            f"k and v must be {[B, T, *k_cache.shape[2:]]}, got shapes {list(k.shape)} and {list(v.shape)}"
+        )
+    new = 0 if k is None else T
+    if isinstance(cache_seqlens, Tensor) and cache_seqlens.shape != (B,):
+        raise ValueError(f"cache_seqlens must be an int or [{B}], got shape {list(cache_seqlens.shape)}")
+    if not isinstance(cache_seqlens, Tensor) or cache_seqlens.device.type == "cpu":
+        longest = int(cache_seqlens.max()) if isinstance(cache_seqlens, Tensor) else cache_seqlens
+        if longest + new > S:
+            raise ValueError(f"cache_seqlens + new positions is {longest + new}, but k_cache holds {S} positions")
+
+    if not isinstance(cache_seqlens, Tensor):
+        end = cache_seqlens + new
+        if k is not None and v is not None:
+            k_cache[:, cache_seqlens:end] = k
+            v_cache[:, cache_seqlens:end] = v
+        return flash_attention(
+            q, k_cache[:, :end], v_cache[:, :end], causal=causal, softmax_scale=softmax_scale, backend=backend
+        )
+
+    start = cache_seqlens.long()[:, None]  # [B, 1]
+    if k is not None and v is not None:
+        rows = torch.arange(B, device=q.device)[:, None]
+        slots = start + torch.arange(T, device=q.device)  # [B, T]
+        k_cache[rows, slots] = k
+        v_cache[rows, slots] = v
+    _dispatch.select("flash_attention_with_kvcache", backend, _dispatch.NOT_YET)
+    seen = start + new - (torch.arange(T - 1, -1, -1, device=q.device) if causal else 0)  # keys that query t sees
+    visible = torch.arange(S, device=q.device) < seen[..., None]  # [B, T, S]
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k_cache.transpose(1, 2),
+        v_cache.transpose(1, 2),
+        attn_mask=visible[:, None],
+        scale=softmax_scale,
+        enable_gqa=q.shape[2] != k_cache.shape[2],
+    )
+    return out.transpose(1, 2)
