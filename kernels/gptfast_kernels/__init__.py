@@ -3,7 +3,7 @@
 Every op takes ``backend="auto" | "triton" | "torch" | "reference"``; see ``_dispatch.py`` for how "auto" chooses.
 """
 
-from ._dispatch import get_default_backend, set_default_backend
+from ._dispatch import get_default_backend, set_default_backend, use_backend
 from .activation import gelu
 from .attention import flash_attention, flash_attention_qkvpacked, flash_attention_varlen
 from .decode import flash_attention_with_kvcache
@@ -24,4 +24,5 @@ __all__ = [
     "linear_cross_entropy",
     "linear_gelu",
     "set_default_backend",
+    "use_backend",
 ]

@@ -47,6 +47,17 @@ def set_default_backend(backend: str) -> None:
     _default = _check(backend, "backend")
 
 
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """``set_default_backend`` for the length of a block."""
+    before = _default
+    set_default_backend(backend)
+    try:
+        yield
+    finally:
+        set_default_backend(before)
+
+
 def select(op: str, backend: str, cannot: str | None, slower: str | None = None) -> str:
     """Returns ``"triton"``, ``"torch"`` or ``"reference"`` for one call of ``op``.
 

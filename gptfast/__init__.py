@@ -1,0 +1,42 @@
+"""GPT-1, fast: HuggingFace's names on fused kernels. Changing the import is all a user does.
+
+Imports torch alone; what needs more (tokenizers, files, training) is imported when it is used.
+"""
+
+from gptfast_kernels import get_default_backend, set_default_backend, use_backend
+
+from .cache import KVCache
+from .config import OpenAIGPTConfig
+from .explain import explain
+from .heads import OpenAIGPTDoubleHeadsModel, OpenAIGPTForSequenceClassification, OpenAIGPTLMHeadModel
+from .model import OpenAIGPTModel
+from .outputs import OpenAIGPTDoubleHeadsModelOutput
+from .pretrained import OpenAIGPTPreTrainedModel
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name in ("OpenAIGPTTokenizer", "OpenAIGPTTokenizerFast"):
+        from . import tokenizer
+
+        return getattr(tokenizer, name)
+    raise AttributeError(f"module 'gptfast' has no attribute {name!r}")
+
+
+__all__ = [
+    "KVCache",
+    "OpenAIGPTConfig",
+    "OpenAIGPTDoubleHeadsModel",
+    "OpenAIGPTDoubleHeadsModelOutput",
+    "OpenAIGPTForSequenceClassification",
+    "OpenAIGPTLMHeadModel",
+    "OpenAIGPTModel",
+    "OpenAIGPTPreTrainedModel",
+    "OpenAIGPTTokenizer",
+    "OpenAIGPTTokenizerFast",
+    "explain",
+    "get_default_backend",
+    "set_default_backend",
+    "use_backend",
+]

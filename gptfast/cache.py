@@ -1,0 +1,70 @@
+"""The key/value cache: what decoding remembers of the positions it has seen. Allocated once, written in place.
+
+Shapes: L layers, B rows, S positions held at most, H heads, D head dim.
+"""
+
+import torch
+from torch import Tensor
+
+from .config import OpenAIGPTConfig
+
+
+class KVCache:
+    """Keys and values of every layer, with room for ``max_length`` positions a row.
+
+    Args:
+        config: the model's. batch_size: B. max_length: S; the model's n_positions if None.
+        dtype, device: the model's.
+
+    Attributes:
+        k, v: [L, B, S, H, D].
+        seqlens: positions each row holds: an int while all rows hold as many, else int64 [B].
+    """
+
+    def __init__(
+        self,
+        config: OpenAIGPTConfig,
+        batch_size: int,
+        max_length: int | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        S = config.n_positions if max_length is None else max_length
+        if not 0 < S <= config.n_positions:
+            raise ValueError(f"max_length must be from 1 to n_positions = {config.n_positions}, got {max_length}")
+        shape = (config.n_layer, batch_size, S, config.n_head, config.n_embd // config.n_head)
+        # zeros, not empty: a masked slot is multiplied by 0, and 0 * NaN is NaN
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.seqlens: int | Tensor = 0
+
+    @property
+    def batch_size(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def max_length(self) -> int:
+        return self.k.shape[2]
+
+    def get_seq_length(self) -> int:
+        """Positions that the longest row holds. Rows of different length on a GPU cost a synchronisation."""
+        return int(self.seqlens.max()) if isinstance(self.seqlens, Tensor) else self.seqlens
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """(k, v), each [B, S, H, D], views of the cache."""
+        return self.k[index], self.v[index]
+
+    def advance(self, positions: int) -> None:
+        """Counts ``positions`` new ones in every row, once all layers have written them."""
+        self.seqlens = self.seqlens + positions
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row b becomes what row ``rows[b]`` was, as beam search needs it."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        if isinstance(self.seqlens, Tensor):
+            self.seqlens = self.seqlens[rows]
+
+    def reset(self) -> None:
+        """Forgets every position; the memory stays."""
+        self.seqlens = 0

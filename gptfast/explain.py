@@ -1,0 +1,46 @@
+"""Which backend ran each op of a forward pass, and why a faster one did not."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gptfast_kernels import _dispatch
+
+
+@dataclass(frozen=True)
+class Row:
+    op: str
+    calls: int
+    backend: str
+    reason: str  # why not triton; empty where it ran
+
+
+class Explanation(list[Row]):
+    """Rows that print as a table."""
+
+    def __str__(self) -> str:
+        cells = [("op", "calls", "backend", "why not triton")]
+        cells += [(row.op, str(row.calls), row.backend, row.reason) for row in self]
+        widths = [max(len(row[i]) for row in cells) for i in range(4)]
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+
+@torch.no_grad()
+def explain(model: nn.Module, inputs: Any) -> Explanation:
+    """Runs ``model`` once on ``inputs`` and lists, op by op, what ran.
+
+    Args:
+        model: any module whose layers call ``gptfast_kernels``.
+        inputs: a tensor of ids, or a mapping of keyword arguments.
+    """
+    with _dispatch.record() as choices:
+        if isinstance(inputs, Mapping):
+            model(**inputs)
+        else:
+            model(inputs)
+    calls = Counter(choices)
+    return Explanation(Row(c.op, n, c.backend, c.reason) for c, n in calls.items())
