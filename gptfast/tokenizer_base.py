@@ -1,0 +1,850 @@
+"""What GPT-1's two tokenizers share, as HuggingFace has it: special tokens, batches, padding, truncation, files."""
+
+import dataclasses
+import json
+import logging
+import os
+import re
+from abc import ABC, abstractmethod
+from collections import UserDict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+VOCAB_NAME, MERGES_NAME, TOKENIZER_NAME = "vocab.json", "merges.txt", "tokenizer.json"
+OPENAI_VOCAB_NAME, OPENAI_MERGES_NAME = "encoder_bpe_40000.json", "vocab_40000.bpe"
+CONFIG_NAME, SPECIAL_NAME, ADDED_NAME = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+END_OF_WORD = "</w>"
+NO_LIMIT = int(1e30)  # HuggingFace's model_max_length where none is known
+
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_TRUNCATIONS = ("longest_first", "only_first", "only_second", "do_not_truncate")
+_PADDINGS = ("longest", "max_length", "do_not_pad")
+_CLEAN_UP = re.compile(r" (?=[.?!,])| (?=n't|'m|'s|'ve|'re)")
+
+Vocab = dict[str, int]
+Merges = list[tuple[str, str]]
+Tokenizer = TypeVar("Tokenizer", bound="TokenizerBase")
+
+
+@dataclasses.dataclass(frozen=True)
+class AddedToken:
+    """A token that is cut out of the text before anything else sees it.
+
+    Args:
+        single_word: match only between spaces. lstrip, rstrip: take the white space on that side too.
+        normalized: match in the lower-cased text. special: skipped by `decode(skip_special_tokens=True)`.
+    """
+
+    content: str
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = True
+    special: bool = False
+
+    @classmethod
+    def of(cls, token: Any, special: bool = False) -> "AddedToken":
+        """From a string, one of ours, HuggingFace's object of the same name, or its JSON form."""
+        if isinstance(token, str):
+            return cls(token, special=special, normalized=not special)
+        fields = token if isinstance(token, Mapping) else {f.name: getattr(token, f.name, None) for f in _ADDED_FIELDS}
+        if not isinstance(fields.get("content"), str):
+            raise TypeError(f"token={token!r} must be a str or an AddedToken, not {type(token).__name__}")
+        known: dict[str, Any] = {f.name: fields[f.name] for f in _ADDED_FIELDS if f.name in fields}
+        return cls(**{"normalized": not special, **known, "special": special or bool(known.get("special"))})
+
+
+_ADDED_FIELDS = dataclasses.fields(AddedToken)
+
+
+class _SpecialToken:
+    """`tokenizer.pad_token` and its like: a string or None. Setting one does not add it to the vocabulary."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, tokenizer: "TokenizerBase", owner: type | None = None) -> str | None:
+        return tokenizer._special[self.name]
+
+    def __set__(self, tokenizer: "TokenizerBase", token: str | AddedToken | None) -> None:
+        tokenizer._special[self.name] = None if token is None else AddedToken.of(token).content
+
+
+class _SpecialTokenId:
+    """`tokenizer.pad_token_id` and its like: an int or None."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name.removesuffix("_id")
+
+    def __get__(self, tokenizer: "TokenizerBase", owner: type | None = None) -> int | None:
+        token = tokenizer._special[self.name]
+        return None if token is None else tokenizer.convert_tokens_to_ids(token)
+
+    def __set__(self, tokenizer: "TokenizerBase", index: int | None) -> None:
+        tokenizer._special[self.name] = None if index is None else tokenizer.convert_ids_to_tokens(index)
+
+
+class BatchEncoding(UserDict):
+    """A dict of what the model takes, also by attribute; `model(**tokenizer(text, return_tensors="pt"))`.
+
+    Args:
+        data: name to list (one sequence), list of lists (a batch), or tensor.
+        encodings: the Rust library's record of each sequence, from the fast tokenizer only.
+    """
+
+    def __init__(self, data: Mapping[str, Any] | None = None, encodings: Sequence[Any] | None = None):
+        super().__init__(data or {})
+        self.encodings = encodings
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("data", "encodings") or name not in self.data:  # "data" is absent while unpickling
+            raise AttributeError(f"BatchEncoding has no attribute {name!r}")
+        return self.data[name]
+
+    @property
+    def is_fast(self) -> bool:
+        return self.encodings is not None
+
+    def _encoding(self, index: int) -> Any:
+        if self.encodings is None:
+            raise ValueError("only OpenAIGPTTokenizerFast knows where tokens come from")
+        return self.encodings[index]
+
+    def tokens(self, batch_index: int = 0) -> list[str]:
+        return self._encoding(batch_index).tokens
+
+    def word_ids(self, batch_index: int = 0) -> list[int | None]:
+        """For each token the index of its word, counted anew in the second of a pair."""
+        return self._encoding(batch_index).word_ids
+
+    def sequence_ids(self, batch_index: int = 0) -> list[int | None]:
+        """For each token 0 or 1: first or second of a pair."""
+        return self._encoding(batch_index).sequence_ids
+
+    def char_to_token(self, batch_index: int, char_index: int, sequence_index: int = 0) -> int | None:
+        return self._encoding(batch_index).char_to_token(char_index, sequence_index)
+
+    def token_to_chars(self, batch_index: int, token_index: int) -> tuple[int, int] | None:
+        found = self._encoding(batch_index).token_to_chars(token_index)  # (sequence, (start, end))
+        return None if found is None else found[1]
+
+    def convert_to_tensors(self, return_tensors: str | None, prepend_batch_axis: bool = False) -> "BatchEncoding":
+        """Turn every list into a torch ("pt") or numpy ("np") array, int64, in place."""
+        if return_tensors not in (None, "pt", "np"):
+            raise ValueError(f"return_tensors={return_tensors!r} must be 'pt', 'np' or None")
+        for name, value in self.data.items() if return_tensors else ():
+            try:
+                array = np.asarray([value] if prepend_batch_axis else value)
+            except ValueError as error:
+                raise ValueError(
+                    f"{name!r} has rows of different lengths and cannot become a tensor: "
+                    "ask for padding=True, and truncation=True where they may be too long"
+                ) from error
+            self.data[name] = array if array.size else array.astype(np.int64)
+        if return_tensors == "pt":
+            import torch
+
+            self.data = {name: torch.from_numpy(array) for name, array in self.data.items()}
+        return self
+
+    def to(self, device: Any, *, non_blocking: bool = False) -> "BatchEncoding":
+        """Move the torch tensors to `device`, in place."""
+        for name, value in self.data.items():
+            if hasattr(value, "to"):
+                self.data[name] = value.to(device=device, non_blocking=non_blocking)
+        return self
+
+
+class TokenizerBase(ABC):
+    """Ids, special tokens, batches and files; a subclass turns text into tokens.
+
+    Args:
+        vocab: token to id. merges: the pairs of the byte-pair encoding, in rank order.
+        unk_token, bos_token, …, additional_special_tokens: those not in the vocabulary are added at its end.
+        model_max_length: the length that truncation=True and padding="max_length" mean.
+        padding_side, truncation_side: "right" or "left".
+        clean_up_tokenization_spaces: `decode` closes the spaces before punctuation and contractions.
+        added_tokens_decoder: id to AddedToken, as a saved tokenizer has it.
+        name_or_path: where it came from; for the reader.
+    """
+
+    model_input_names = ("input_ids", "attention_mask")
+    pad_token_type_id = 0
+    do_lower_case = True
+    is_fast = False
+
+    bos_token, bos_token_id = _SpecialToken(), _SpecialTokenId()
+    eos_token, eos_token_id = _SpecialToken(), _SpecialTokenId()
+    unk_token, unk_token_id = _SpecialToken(), _SpecialTokenId()
+    sep_token, sep_token_id = _SpecialToken(), _SpecialTokenId()
+    pad_token, pad_token_id = _SpecialToken(), _SpecialTokenId()
+    cls_token, cls_token_id = _SpecialToken(), _SpecialTokenId()
+    mask_token, mask_token_id = _SpecialToken(), _SpecialTokenId()
+
+    def __init__(
+        self,
+        vocab: Vocab,
+        merges: Merges,
+        *,
+        unk_token: Any = "<unk>",
+        bos_token: Any = None,
+        eos_token: Any = None,
+        sep_token: Any = None,
+        pad_token: Any = None,
+        cls_token: Any = None,
+        mask_token: Any = None,
+        additional_special_tokens: Sequence[Any] | None = None,
+        model_max_length: int | None = None,
+        padding_side: str = "right",
+        truncation_side: str = "right",
+        clean_up_tokenization_spaces: bool = False,
+        added_tokens_decoder: Mapping[Any, Any] | None = None,
+        name_or_path: str = "",
+    ):
+        for name, side in (("padding_side", padding_side), ("truncation_side", truncation_side)):
+            if side not in ("right", "left"):
+                raise ValueError(f"{name}={side!r} must be 'right' or 'left'")
+        self.encoder = vocab
+        self.decoder = {index: token for token, index in vocab.items()}
+        self.merges = merges
+        self.model_max_length = NO_LIMIT if model_max_length is None else model_max_length
+        self.padding_side, self.truncation_side = padding_side, truncation_side
+        self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
+        self.name_or_path = name_or_path
+        self._warned: set[str] = set()
+        self._added: dict[int, AddedToken] = {}
+        self._added_ids: Vocab = {}
+        given = (bos_token, eos_token, unk_token, sep_token, pad_token, cls_token, mask_token)
+        extra = list(additional_special_tokens or ())
+        contents = (None if token is None else AddedToken.of(token).content for token in given)
+        self._special = dict(zip(_SPECIAL_TOKENS, contents, strict=True))
+        self.additional_special_tokens = [AddedToken.of(token).content for token in extra]
+
+        for index, token in sorted((int(i), AddedToken.of(token)) for i, token in (added_tokens_decoder or {}).items()):
+            self._register(token, index)
+        self.add_tokens([token for token in (*given, *extra) if token is not None], special_tokens=True)
+
+    # --- text to tokens: the subclass
+
+    @abstractmethod
+    def tokenize(self, text: str) -> list[str]:
+        """The tokens of `text`, before they become ids."""
+
+    @abstractmethod
+    def _encode_texts(self, texts: list[Any], is_split_into_words: bool) -> list[Any]:
+        """For each text something with a `len`: the ids, or the Rust library's Encoding."""
+
+    @abstractmethod
+    def _assemble(
+        self, first: Any, second: Any, keep: tuple[int, int], add_special_tokens: bool
+    ) -> tuple[dict[str, Any], Any]:
+        """Cut both to `keep` tokens and join them: (columns, Encoding or None)."""
+
+    @abstractmethod
+    def decode(
+        self, token_ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
+    ) -> str:
+        """The text of one sequence of ids: a list, an array, a tensor, or one id."""
+
+    @abstractmethod
+    def convert_tokens_to_string(self, tokens: list[str]) -> str: ...
+
+    # --- the vocabulary
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the vocabulary without added tokens; `len(tokenizer)` counts those too."""
+        return len(self.encoder)
+
+    def get_vocab(self) -> Vocab:
+        return {**self.encoder, **self._added_ids}
+
+    def __len__(self) -> int:
+        return len(self.encoder.keys() | self._added_ids.keys())
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(name_or_path={self.name_or_path!r}, vocab_size={self.vocab_size}, "
+            f"special_tokens={self.special_tokens_map}, model_max_length={self.model_max_length})"
+        )
+
+    def convert_tokens_to_ids(self, tokens: Any) -> Any:
+        """An int for a string, a list for a list; unk_token's id for what is not in the vocabulary."""
+        if isinstance(tokens, str):
+            index = self._added_ids.get(tokens)
+            unknown = self.encoder.get(self._special["unk_token"] or "")
+            return self.encoder.get(tokens, unknown) if index is None else index
+        return [self.convert_tokens_to_ids(token) for token in tokens]
+
+    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
+        """A string for an int, a list for a list; unk_token for an id that is not in the vocabulary."""
+        ids = to_list(ids)
+        if isinstance(ids, int):
+            return self._added[ids].content if ids in self._added else self.decoder.get(ids, self.unk_token)
+        skipped = set(self.all_special_ids) if skip_special_tokens else ()
+        return [self.convert_ids_to_tokens(int(index)) for index in ids if int(index) not in skipped]
+
+    # --- special and added tokens
+
+    @property
+    def special_tokens_map(self) -> dict[str, Any]:
+        tokens: dict[str, Any] = {name: token for name, token in self._special.items() if token is not None}
+        extra = {"additional_special_tokens": list(self.additional_special_tokens)}
+        return {**tokens, **(extra if self.additional_special_tokens else {})}
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        named = (token for token in self._special.values() if token is not None)
+        return list(dict.fromkeys((*named, *self.additional_special_tokens)))
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        return self.convert_tokens_to_ids(self.all_special_tokens)
+
+    @property
+    def additional_special_tokens_ids(self) -> list[int]:
+        return self.convert_tokens_to_ids(self.additional_special_tokens)
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, AddedToken]:
+        return dict(sorted(self._added.items()))
+
+    @property
+    def added_tokens_encoder(self) -> Vocab:
+        return {token.content: index for index, token in self.added_tokens_decoder.items()}
+
+    def get_added_vocab(self) -> Vocab:
+        return self.added_tokens_encoder
+
+    def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
+        """Add a token or a list of them (str or AddedToken) behind the vocabulary.
+
+        Returns:
+            how many were new; resize the model's embeddings by as many.
+        """
+        tokens = list(new_tokens) if isinstance(new_tokens, (list, tuple)) else [new_tokens] if new_tokens else []
+        size_before = len(self)
+        for item in tokens:
+            token = AddedToken.of(item, special=special_tokens or item in self.all_special_tokens)
+            if not token.content or self._added.get(self._added_ids.get(token.content, -1)) == token:
+                continue
+            if token.special and token.content not in self.all_special_tokens:
+                self.additional_special_tokens.append(token.content)
+            index = self.get_vocab().get(self._stored(token).content, len(self))
+            self._register(token, index)
+        return len(self) - size_before
+
+    def add_special_tokens(
+        self, special_tokens_dict: Mapping[str, Any], replace_additional_special_tokens: bool = True
+    ) -> int:
+        """Set pad_token, bos_token, … and additional_special_tokens, adding what the vocabulary lacks.
+
+        Returns:
+            how many were new.
+        """
+        accepted = (*_SPECIAL_TOKENS, "additional_special_tokens", "extra_special_tokens")
+        for name in special_tokens_dict:
+            if name not in accepted:
+                raise ValueError(f"special_tokens_dict has {name!r}; it accepts {', '.join(accepted)}")
+        added = 0
+        for name, value in special_tokens_dict.items():
+            if name in _SPECIAL_TOKENS:
+                setattr(self, name, value)
+                added += self.add_tokens([value], special_tokens=True)
+                continue
+            if not isinstance(value, (list, tuple)):
+                raise ValueError(f"{name}={value!r} must be a list of str or AddedToken")
+            if replace_additional_special_tokens and value:
+                self.additional_special_tokens = [AddedToken.of(token).content for token in value]
+            added += self.add_tokens(value, special_tokens=True)
+        return added
+
+    def _stored(self, token: AddedToken) -> AddedToken:
+        """The token as this tokenizer keeps it."""
+        return token
+
+    def _register(self, token: AddedToken, index: int) -> None:
+        token = self._stored(token)
+        self._added[index] = token
+        self._added_ids[token.content] = index
+
+    # --- what GPT-1 adds around a sequence: nothing. Override the first two to add something.
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        return token_ids_0 + (token_ids_1 or [])
+
+    def create_token_type_ids_from_sequences(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        return [0] * len(token_ids_0) + [1] * len(token_ids_1 or [])
+
+    def get_special_tokens_mask(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
+    ) -> list[int]:
+        """1 for what `build_inputs_with_special_tokens` added, or for any special token if it has been applied."""
+        if not already_has_special_tokens:
+            return [0] * len(self.build_inputs_with_special_tokens(token_ids_0, token_ids_1))
+        if token_ids_1 is not None:
+            raise ValueError("token_ids_1 must be None with already_has_special_tokens=True")
+        return [int(index in self.all_special_ids) for index in token_ids_0]
+
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        return len(self.build_inputs_with_special_tokens([], [] if pair else None))
+
+    @property
+    def max_len_single_sentence(self) -> int:
+        return self.model_max_length - self.num_special_tokens_to_add()
+
+    @property
+    def max_len_sentences_pair(self) -> int:
+        return self.model_max_length - self.num_special_tokens_to_add(pair=True)
+
+    # --- batches
+
+    def __call__(
+        self,
+        text: Any,
+        text_pair: Any = None,
+        *,
+        add_special_tokens: bool = True,
+        padding: bool | str = False,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        stride: int = 0,
+        is_split_into_words: bool = False,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_tensors: str | None = None,
+        return_token_type_ids: bool | None = None,
+        return_attention_mask: bool | None = None,
+        return_overflowing_tokens: bool = False,
+        return_special_tokens_mask: bool = False,
+        return_offsets_mapping: bool = False,
+        return_length: bool = False,
+        verbose: bool = True,
+    ) -> BatchEncoding:
+        """Encode a text, a pair of texts, or a batch of either.
+
+        Args:
+            text, text_pair: a str or a list of them; with is_split_into_words a list of words or a list of such lists.
+            padding: True or "longest", "max_length", or False.
+            truncation: True or "longest_first", "only_first", "only_second", or False.
+            max_length: for both; model_max_length where not given.
+            pad_to_multiple_of: round the padded length up to a multiple.
+            padding_side: instead of the tokenizer's own.
+            return_tensors: "pt", "np", or None for lists. Ids are int64 [B, T]; a single text has B = 1.
+            return_token_type_ids, return_special_tokens_mask, return_length: add those columns.
+            return_offsets_mapping: (start, end) of each token in its text; the fast tokenizer only.
+            verbose: log a sequence longer than model_max_length, once.
+
+        Raises:
+            ValueError: not text; unknown padding, truncation, return_tensors; padding without a pad_token; a
+                truncation that cannot reach max_length; rows of different lengths asked for as tensors.
+        """
+        if stride or return_overflowing_tokens:
+            raise ValueError(f"{stride=}, {return_overflowing_tokens=}: windows are not supported; slice the ids")
+        if return_offsets_mapping and not self.is_fast:
+            raise NotImplementedError("return_offsets_mapping needs OpenAIGPTTokenizerFast")
+        pad_to, cut_to, padding, truncation = self._lengths(padding, truncation, max_length, pad_to_multiple_of)
+        batched, texts, pairs = _as_batch(text, text_pair, is_split_into_words)
+
+        firsts = self._encode_texts(texts, is_split_into_words)
+        seconds = [None] * len(texts) if pairs is None else self._encode_texts(pairs, is_split_into_words)
+        reserved = self.num_special_tokens_to_add(pairs is not None) if add_special_tokens else 0
+        rows, encodings = [], []
+        for first, second in zip(firsts, seconds, strict=True):
+            n_first, n_second = len(first), 0 if second is None else len(second)
+            if truncation != "do_not_truncate":
+                n_first, n_second = self._truncated(n_first, n_second, cut_to - reserved, truncation)
+            row, encoding = self._assemble(first, second, (n_first, n_second), add_special_tokens)
+            row["length"] = len(row["input_ids"])
+            rows.append(row)
+            encodings.append(encoding)
+            if verbose and max_length is None and row["length"] > self.model_max_length:
+                self._warn_once(
+                    f"a sequence of {row['length']} tokens is longer than the model's {self.model_max_length}; "
+                    "the model will refuse it"
+                )
+
+        wanted = {
+            "input_ids": True,
+            "token_type_ids": bool(return_token_type_ids),
+            "special_tokens_mask": return_special_tokens_mask,
+            "offset_mapping": return_offsets_mapping,
+            "length": return_length,
+        }
+        rows = [{name: row[name] for name, want in wanted.items() if want} for row in rows]
+        attention = return_attention_mask is None or return_attention_mask
+        self._pad_rows(rows, padding, pad_to, pad_to_multiple_of, padding_side, attention)
+        if padding != "do_not_pad":
+            for encoding, row in zip(encodings, rows, strict=True):
+                if encoding is not None:
+                    encoding.pad(
+                        len(row["input_ids"]),
+                        direction=padding_side or self.padding_side,
+                        pad_id=self.pad_token_id,
+                        pad_token=self.pad_token,
+                    )
+        names = list(rows[0]) if rows else ["input_ids", *["attention_mask"] * attention]
+        columns = {name: [row[name] for row in rows] for name in names}
+        output = BatchEncoding(columns if batched else rows[0], encodings if self.is_fast else None)
+        return output.convert_to_tensors(return_tensors, prepend_batch_axis=not batched)
+
+    def encode(self, text: Any, text_pair: Any = None, **kwargs: Any) -> Any:
+        """The ids alone; keywords as in `__call__`."""
+        return self(text, text_pair, **kwargs)["input_ids"]
+
+    def encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> BatchEncoding:
+        """`__call__` by its transformers 2 name."""
+        return self(text, text_pair, **kwargs)
+
+    def batch_encode_plus(self, batch_text_or_text_pairs: Any, **kwargs: Any) -> BatchEncoding:
+        """`__call__` on a list of texts, or on a list of pairs."""
+        batch = list(batch_text_or_text_pairs)
+        if batch and isinstance(batch[0], (list, tuple)) and not kwargs.get("is_split_into_words"):
+            firsts, seconds = zip(*batch, strict=True)
+            return self(list(firsts), list(seconds), **kwargs)
+        return self(batch, **kwargs)
+
+    def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
+        return [self.decode(sequence, **kwargs) for sequence in sequences]
+
+    def _cleaned(self, text: str, clean_up: bool | None) -> str:
+        clean_up = self.clean_up_tokenization_spaces if clean_up is None else clean_up
+        return self.clean_up_tokenization(text) if clean_up else text
+
+    @staticmethod
+    def clean_up_tokenization(text: str) -> str:
+        """Close the spaces before punctuation and English contractions."""
+        return _CLEAN_UP.sub("", text.replace(" ' ", "'"))
+
+    def pad(
+        self,
+        encoded_inputs: Any,
+        padding: bool | str = True,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_attention_mask: bool | None = None,
+        return_tensors: str | None = None,
+        verbose: bool = True,
+    ) -> BatchEncoding:
+        """Collate encoded texts: a list of dicts, a dict of lists, or one dict. Keys it does not know stay as they are.
+
+        Raises:
+            ValueError: no input_ids, rows that differ in their keys, or what `__call__` raises for padding.
+        """
+        pad_to, _, padding, _ = self._lengths(padding, False, max_length, pad_to_multiple_of)
+        batched, rows = True, encoded_inputs
+        if isinstance(encoded_inputs, Mapping):
+            columns = {name: to_list(value) for name, value in encoded_inputs.items()}
+            batched = any(isinstance(to_list(ids), (list, tuple)) for ids in columns.get("input_ids", ()))
+            rows = [columns]
+            if batched:
+                rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        rows = [{name: to_list(value) for name, value in row.items()} for row in rows]
+        for row in rows or [{}]:
+            if "input_ids" not in row or row.keys() != rows[0].keys():
+                raise ValueError(f"encoded_inputs must have the same keys in each row, with input_ids: {list(row)}")
+        attention = return_attention_mask is None or return_attention_mask
+        self._pad_rows(rows, padding, pad_to, pad_to_multiple_of, padding_side, attention)
+        output = BatchEncoding({name: [row[name] for row in rows] for name in rows[0]} if batched else rows[0])
+        return output.convert_to_tensors(return_tensors)
+
+    def _lengths(
+        self, padding: bool | str, truncation: bool | str | None, max_length: int | None, multiple: int | None
+    ) -> tuple[int, int, str, str]:
+        """Resolve the arguments: (padded length, truncated length, padding, truncation)."""
+        if truncation is None and max_length is not None and padding is False:
+            self._warn_once("max_length was given without truncation: truncating to it; say truncation=True")
+            truncation = True
+        if isinstance(padding, bool):
+            padding = "longest" if padding else "do_not_pad"
+        if isinstance(truncation, bool) or truncation is None:
+            truncation = "longest_first" if truncation else "do_not_truncate"
+        if padding not in _PADDINGS:
+            raise ValueError(f"padding={padding!r} must be True, False or one of {_PADDINGS}")
+        if truncation not in _TRUNCATIONS:
+            raise ValueError(f"truncation={truncation!r} must be True, False or one of {_TRUNCATIONS}")
+        for name, value in (("max_length", max_length), ("pad_to_multiple_of", multiple)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r} must be a positive int or None")
+        length = self.model_max_length if max_length is None else max_length
+        if length >= NO_LIMIT:
+            if padding == "max_length":
+                self._warn_once("padding='max_length' without max_length or model_max_length: not padding")
+                padding = "do_not_pad"
+            if truncation != "do_not_truncate":
+                self._warn_once("truncation without max_length or model_max_length: not truncating")
+                truncation = "do_not_truncate"
+        if padding != "do_not_pad":
+            if self.pad_token is None:
+                raise ValueError(
+                    f"padding={padding!r} needs a pad_token: set one (tokenizer.pad_token = tokenizer.unk_token) "
+                    "or add one (tokenizer.add_special_tokens({'pad_token': '<pad>'}))"
+                )
+            if truncation != "do_not_truncate" and multiple and length % multiple:
+                raise ValueError(f"max_length={length} must be a multiple of pad_to_multiple_of={multiple}")
+        return length, length, padding, truncation
+
+    def _truncated(self, n_first: int, n_second: int, length: int, truncation: str) -> tuple[int, int]:
+        """How many tokens of a pair to keep so that they are at most `length` together."""
+        excess = n_first + n_second - length
+        if excess <= 0:
+            return n_first, n_second
+        if truncation == "longest_first":
+            # Cut the longer to the shorter, then both alike. Of an odd remainder HuggingFace's two libraries give
+            # the extra token to different sequences where the second is no shorter.
+            half, odd = divmod(max(length, 0), 2)
+            first_is_longer = n_first > n_second
+            if min(n_first, n_second) <= half:
+                return (length - n_second, n_second) if first_is_longer else (n_first, length - n_first)
+            return (half + odd, half) if first_is_longer or not self.is_fast else (half, half + odd)
+        kept = (n_first - excess, n_second) if truncation == "only_first" else (n_first, n_second - excess)
+        if min(kept) < (1 if truncation == "only_first" else 0):
+            raise ValueError(f"{truncation=} cannot bring {n_first} + {n_second} tokens to max_length={length}")
+        return kept
+
+    def _pad_rows(
+        self,
+        rows: list[dict[str, Any]],
+        padding: str,
+        length: int,
+        multiple: int | None,
+        side: str | None,
+        attention_mask: bool,
+    ) -> None:
+        """Add attention masks where they are missing, and pad every known column of `rows`, in place."""
+        side = side or self.padding_side
+        if side not in ("right", "left"):
+            raise ValueError(f"padding_side={side!r} must be 'right' or 'left'")
+        fill = {
+            "input_ids": self.pad_token_id,
+            "attention_mask": 0,
+            "token_type_ids": self.pad_token_type_id,
+            "special_tokens_mask": 1,
+            "offset_mapping": (0, 0),
+        }
+        for row in rows if attention_mask else ():
+            row.setdefault("attention_mask", [1] * len(row["input_ids"]))
+        if padding == "do_not_pad":
+            return
+        if padding == "longest":
+            length = max((len(row["input_ids"]) for row in rows), default=0)
+        length += -length % (multiple or 1)
+        for row in rows:
+            missing = length - len(row["input_ids"])
+            for name in fill.keys() & row.keys():
+                blank = [fill[name]] * missing
+                row[name] = [*row[name], *blank] if side == "right" else [*blank, *row[name]]
+
+    def _warn_once(self, message: str) -> None:
+        key = re.sub(r"\d+", "", message)
+        if key not in self._warned:
+            self._warned.add(key)
+            logger.warning(message)
+
+    # --- files
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Tokenizer],
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        token: str | None = None,
+        **kwargs: Any,
+    ) -> Tokenizer:
+        """Load from a folder or a Hub name: vocab.json and merges.txt, or OpenAI's own two, or tokenizer.json.
+
+        Args:
+            revision, cache_dir, local_files_only, token: for the Hub.
+            kwargs: the constructor's, over what was saved.
+
+        Raises:
+            OSError: no vocabulary there. ValueError: a damaged file; it is named.
+        """
+        from .checkpoint import resolve_files
+
+        names = [VOCAB_NAME, MERGES_NAME, OPENAI_VOCAB_NAME, OPENAI_MERGES_NAME, TOKENIZER_NAME]
+        names += [CONFIG_NAME, SPECIAL_NAME, ADDED_NAME]
+        files = resolve_files(
+            pretrained_model_name_or_path,
+            names,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
+        )
+        vocab, merges = _find_vocabulary(files, pretrained_model_name_or_path)
+        saved = {"name_or_path": str(pretrained_model_name_or_path), **_read_settings(files)}
+        return cls._construct(vocab, merges, files.get(TOKENIZER_NAME), saved, kwargs)
+
+    @classmethod
+    @abstractmethod
+    def _construct(
+        cls: type[Tokenizer],
+        vocab: Any,
+        merges: Any,
+        tokenizer_file: Path | None,
+        saved: dict[str, Any],
+        given: dict[str, Any],
+    ) -> Tokenizer:
+        """Call the constructor with the saved keywords and, over them, those the caller gave."""
+
+    def save_vocabulary(self, save_directory: str | os.PathLike, filename_prefix: str | None = None) -> tuple[str, ...]:
+        """Write vocab.json and merges.txt, the latter byte for byte as OpenAI's. Returns their paths."""
+        folder = Path(save_directory)
+        if not folder.is_dir():
+            raise ValueError(f"save_directory={str(folder)!r} must be a folder that exists")
+        vocab, merges = (folder / _prefixed(name, filename_prefix) for name in (VOCAB_NAME, MERGES_NAME))
+        _write_json(vocab, self.encoder)
+        lines = ["#version: 0.2", *(f"{left} {right}" for left, right in self.merges), ""]
+        merges.write_text("\n".join(lines), encoding="utf-8", newline="\n")
+        return str(vocab), str(merges)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, filename_prefix: str | None = None) -> tuple[str, ...]:
+        """Write all that `from_pretrained`, here and in transformers, needs. Returns the paths."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        added = {index: dataclasses.asdict(token) for index, token in self.added_tokens_decoder.items()}
+        beyond = {token["content"]: index for index, token in added.items() if index >= self.vocab_size}
+        contents = {
+            CONFIG_NAME: self._settings() | {"added_tokens_decoder": added},
+            SPECIAL_NAME: self.special_tokens_map,
+            **({ADDED_NAME: beyond} if beyond else {}),
+        }
+        paths = []
+        for name, content in contents.items():
+            paths.append(folder / _prefixed(name, filename_prefix))
+            _write_json(paths[-1], content)
+        return (*map(str, paths), *self.save_vocabulary(folder, filename_prefix))
+
+    def _settings(self) -> dict[str, Any]:
+        """The constructor's keywords that bring this tokenizer back, for tokenizer_config.json."""
+        names = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces")
+        settings = {name: getattr(self, name) for name in names}
+        return settings | self.special_tokens_map | {"tokenizer_class": "OpenAIGPTTokenizer"}
+
+
+def read_vocab(source: Any) -> Vocab:
+    """Token to id, from a vocab.json or a mapping."""
+    vocab = source if isinstance(source, Mapping) else read_json(source)
+    if not isinstance(vocab, Mapping) or not all(type(index) is int for index in vocab.values()):
+        raise ValueError(f"{_described(source)} must map tokens to ints")
+    return dict(vocab)
+
+
+def read_merges(source: Any) -> Merges:
+    """The pairs in rank order, from a merges.txt or a list of pairs or of lines."""
+    if isinstance(source, (str, os.PathLike)):
+        lines: Iterable[Any] = Path(source).read_text(encoding="utf-8").split("\n")
+        lines = [line for line in lines if line and not line.startswith("#version")]
+    else:
+        lines = source
+    pairs = [tuple(line.split(" ") if isinstance(line, str) else line) for line in lines]
+    for number, pair in enumerate(pairs, 1):
+        if len(pair) != 2 or not all(pair):
+            raise ValueError(f"{_described(source)}, merge {number}: {' '.join(pair)!r} must be two symbols")
+    return pairs  # type: ignore[return-value]
+
+
+def read_tokenizer_json(path: Path) -> dict[str, Any]:
+    """A tokenizer.json, checked to be a byte-pair encoding in GPT-1's form."""
+    content = read_json(path)
+    model = content.get("model", {}) if isinstance(content, dict) else {}
+    if model.get("type") != "BPE" or model.get("end_of_word_suffix") != END_OF_WORD:
+        raise ValueError(f"{path} is not a GPT-1 tokenizer: it must be a BPE with the suffix {END_OF_WORD!r}")
+    return content
+
+
+def read_json(path: Any) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON in UTF-8: {error}") from error
+
+
+def _read_settings(files: Mapping[str, Path]) -> dict[str, Any]:
+    """The constructor's keywords out of the files that transformers 4 and 5 write."""
+    config = read_json(files[CONFIG_NAME]) if CONFIG_NAME in files else {}
+    config |= read_json(files[SPECIAL_NAME]) if SPECIAL_NAME in files else {}
+    names = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces", "tokenization")
+    settings = {name: config[name] for name in (*names, *_SPECIAL_TOKENS) if config.get(name) is not None}
+    extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []  # 4.x, 5.x
+    settings["additional_special_tokens"] = list(extra.values() if isinstance(extra, Mapping) else extra)
+
+    special = [AddedToken.of(settings[name]).content for name in _SPECIAL_TOKENS if name in settings]
+    special += [AddedToken.of(token).content for token in settings["additional_special_tokens"]]
+    added: dict[int, Any] = {}
+    if ADDED_NAME in files:  # all that transformers before 4.34 wrote
+        for token, index in read_json(files[ADDED_NAME]).items():
+            added[index] = AddedToken.of(token, special=token in special)
+    if TOKENIZER_NAME in files:
+        added |= {token["id"]: token for token in read_json(files[TOKENIZER_NAME]).get("added_tokens", ())}
+    added |= {int(index): token for index, token in config.get("added_tokens_decoder", {}).items()}
+    return settings | {"added_tokens_decoder": added}
+
+
+def _find_vocabulary(files: Mapping[str, Path], name: Any) -> tuple[Any, Any]:
+    """What `read_vocab` and `read_merges` take: two paths, or the contents of a tokenizer.json."""
+    for vocab, merges in ((VOCAB_NAME, MERGES_NAME), (OPENAI_VOCAB_NAME, OPENAI_MERGES_NAME)):
+        if vocab in files and merges in files:
+            return files[vocab], files[merges]
+    if TOKENIZER_NAME in files:
+        model = read_tokenizer_json(files[TOKENIZER_NAME])["model"]
+        return model["vocab"], model["merges"]
+    raise OSError(
+        f"{name} has no tokenizer: neither {VOCAB_NAME} and {MERGES_NAME}, "
+        f"nor {OPENAI_VOCAB_NAME} and {OPENAI_MERGES_NAME}, nor {TOKENIZER_NAME}"
+    )
+
+
+def _as_batch(text: Any, text_pair: Any, split: bool) -> tuple[bool, list[Any], list[Any] | None]:
+    """(is a batch, the texts, their pairs), after checking every one of them."""
+
+    def is_text(item: Any) -> bool:
+        if not split:
+            return isinstance(item, str)
+        return isinstance(item, (list, tuple)) and all(isinstance(word, str) for word in item)
+
+    kind = "a list of words" if split else "a str"
+    single = is_text(text) and not (split and len(text) == 0)
+    batches = {"text": [text] if single else text}
+    if text_pair is not None:
+        batches["text_pair"] = [text_pair] if single else text_pair
+    for name, batch in batches.items():
+        if not isinstance(batch, (list, tuple)):
+            raise ValueError(f"{name} is {type(batch).__name__} {batch!r:.80}; it must be {kind} or a list of such")
+        for index, item in enumerate(batch):
+            if not is_text(item):
+                raise ValueError(f"{name}[{index}] is {type(item).__name__} {item!r:.80}; it must be {kind}")
+    if text_pair is not None and len(batches["text"]) != len(batches["text_pair"]):
+        raise ValueError(f"text has {len(batches['text'])} rows, text_pair has {len(batches['text_pair'])}")
+    return not single, list(batches["text"]), list(batches["text_pair"]) if text_pair is not None else None
+
+
+def to_list(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _described(source: Any) -> str:
+    return str(source) if isinstance(source, (str, os.PathLike)) else type(source).__name__
+
+
+def _prefixed(name: str, prefix: str | None) -> str:
+    return f"{prefix}-{name}" if prefix else name
+
+
+def _write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8", newline="\n")
