@@ -1,0 +1,440 @@
+"""The command line: ``gptfast demo | generate | score | train | explain | env``."""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from . import __version__
+from .config import OpenAIGPTConfig
+from .explain import explain
+from .heads import OpenAIGPTLMHeadModel
+from .scoring import score_ids
+from .tokenizer import OpenAIGPTTokenizer
+
+SHIPPED = Path(__file__).parent / "shipped"  # the small model that comes with the package
+DEMO_PROMPT = "It was a dark and stormy night, and the captain"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# -- loading --------------------------------------------------------------------------------------------------------
+
+
+def _device(args: argparse.Namespace) -> torch.device:
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: this PyTorch sees no GPU")
+    return device
+
+
+def _load(args: argparse.Namespace) -> tuple[OpenAIGPTLMHeadModel, OpenAIGPTTokenizer]:
+    device = _device(args)
+    dtype = DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    model = OpenAIGPTLMHeadModel.from_pretrained(args.model, dtype=dtype).to(device)
+    return model, OpenAIGPTTokenizer.from_pretrained(args.model)
+
+
+def _encode(tokenizer: OpenAIGPTTokenizer, text: str) -> list[int]:
+    return tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text))
+
+
+def _read(file: str) -> str:
+    try:
+        return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+
+
+# -- generate -------------------------------------------------------------------------------------------------------
+
+
+def _stream(
+    model: OpenAIGPTLMHeadModel, tokenizer: OpenAIGPTTokenizer, prompt: str, echo: bool, **settings: Any
+) -> dict[str, Any]:
+    """Continues a prompt, printing as it goes if ``echo``; returns what was made and how fast."""
+    ids = _encode(tokenizer, prompt)
+    if not ids:
+        raise ValueError(f"--prompt must hold at least one token, got {prompt!r}")
+    if echo:
+        print(tokenizer.decode(ids), end=" ", flush=True)
+    new: list[int] = []
+    started = first = time.perf_counter()
+    for tokens in model.generate_stream(torch.tensor([ids], device=model.device), **settings):
+        new.append(int(tokens))
+        first = time.perf_counter() if len(new) == 1 else first
+        if echo:
+            print(tokenizer.convert_ids_to_tokens(new[-1]).replace("</w>", " "), end="", flush=True)
+    ended = time.perf_counter()
+    if echo:
+        print()
+    return {
+        "prompt": prompt,
+        "prompt_tokens": len(ids),
+        "text": tokenizer.decode(ids + new),
+        "new_tokens": len(new),
+        "first_token_ms": 1e3 * (first - started),
+        "tokens_per_second": (len(new) - 1) / (ended - first) if len(new) > 1 else None,
+    }
+
+
+def generate(args: argparse.Namespace) -> None:
+    model, tokenizer = _load(args)
+    prompt = args.prompt if args.prompt_file is None else _read(args.prompt_file)
+    result = _stream(
+        model,
+        tokenizer,
+        prompt,
+        echo=not args.json,
+        max_new_tokens=args.max_new_tokens,
+        do_sample=not args.greedy,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        eos_token_id=_stop_ids(tokenizer, args.stop),
+    )
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(_speed(result), file=sys.stderr)
+
+
+def _stop_ids(tokenizer: OpenAIGPTTokenizer, stops: Sequence[str]) -> list[int]:
+    ids = [_encode(tokenizer, stop) for stop in stops]
+    for stop, tokens in zip(stops, ids, strict=True):
+        if len(tokens) != 1:
+            raise ValueError(f"--stop must be one token of the vocabulary, {stop!r} is {len(tokens)}")
+    return [tokens[0] for tokens in ids]
+
+
+def _speed(result: dict[str, Any]) -> str:
+    rate = result["tokens_per_second"]
+    return f"[{result['new_tokens']} tokens, first after {result['first_token_ms']:.0f} ms" + (
+        f", then {rate:.0f} tokens/s]" if rate else "]"
+    )
+
+
+# -- score ----------------------------------------------------------------------------------------------------------
+
+
+def score(args: argparse.Namespace) -> None:
+    text = _read(args.file)
+    model, tokenizer = _load(args)
+    ids = torch.tensor(_encode(tokenizer, text))
+    if len(ids) < 2:
+        raise ValueError(f"{args.file} has {len(ids)} tokens, at least 2 are needed")
+    started = time.perf_counter()
+    with tqdm(total=len(ids) - 1, unit="token", desc="scoring", disable=args.json) as bar:
+        result = score_ids(
+            model,
+            ids,
+            context=args.context,
+            stride=args.stride,
+            batch_size=args.batch_size,
+            text_bytes=len(text.encode()),
+            progress=bar.update,
+        )
+    seconds = time.perf_counter() - started
+    row = {
+        "file": args.file,
+        "tokens": result.tokens,
+        "bytes": result.bytes,
+        "nll_per_token": result.nll / result.tokens,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "tokens_per_second": result.tokens / seconds,
+    }
+    if args.json:
+        print(json.dumps(row))
+    else:
+        print(
+            f"{args.file}: perplexity {result.perplexity:.2f} a token, {result.bits_per_byte:.3f} bits a byte "
+            f"({result.tokens:,} tokens, {result.bytes:,} bytes, {seconds:.1f} s)"
+        )
+
+
+# -- train ----------------------------------------------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace) -> None:
+    from .tokenizer import train_tokenizer
+    from .train import STATE_FILE, Settings, read_texts, split_held_out
+    from .train import train as run
+
+    fields = [field.name for field in dataclasses.fields(Settings) if field.name != "dtype"]
+    settings = Settings(**{name: getattr(args, name) for name in fields}, dtype=args.dtype or "float32")
+    texts, output = read_texts(args.files), Path(args.output)
+    if (output / STATE_FILE).exists() and not args.resume:
+        raise FileExistsError(f"{output} holds an unfinished run: pass --resume, or choose another --output")
+
+    torch.manual_seed(settings.seed)
+    if args.model is not None:
+        tokenizer = OpenAIGPTTokenizer.from_pretrained(args.model)
+        model = OpenAIGPTLMHeadModel.from_pretrained(args.model, dtype=torch.float32)
+    else:
+        if (output / "vocab.json").exists() and args.resume:
+            tokenizer = OpenAIGPTTokenizer.from_pretrained(output)
+        else:
+            print(f"learning a vocabulary of {args.vocab_size} from {len(texts)} files …", file=sys.stderr)
+            tokenizer = train_tokenizer([split_held_out(text, settings.held_out)[0] for text in texts], args.vocab_size)
+            output.mkdir(parents=True, exist_ok=True)
+            tokenizer.save_pretrained(output)
+        config = OpenAIGPTConfig(
+            vocab_size=len(tokenizer),
+            n_positions=args.n_positions,
+            n_embd=args.n_embd,
+            n_layer=args.n_layer,
+            n_head=args.n_head,
+            resid_pdrop=args.dropout,
+            embd_pdrop=args.dropout,
+            attn_pdrop=args.attention_dropout,
+        )
+        model = OpenAIGPTLMHeadModel(config)
+    model.to(_device(args))
+    print(f"{model.num_parameters():,} parameters on {model.device}", file=sys.stderr)
+    model, held_out = run(
+        model,
+        tokenizer,
+        texts,
+        settings,
+        output,
+        resume=args.resume,
+        save_every=args.save_every,
+        evaluate_every=args.evaluate_every,
+        progress=not args.json,
+    )
+    row = {
+        "output": str(output),
+        "steps": settings.steps,
+        "held_out_perplexity": held_out and held_out.perplexity,
+        "held_out_bits_per_byte": held_out and held_out.bits_per_byte,
+    }
+    if args.json:
+        print(json.dumps(row))
+    elif held_out is not None:
+        print(
+            f"{output}: held-out perplexity {held_out.perplexity:.2f} a token, {held_out.bits_per_byte:.3f} bits a byte"
+        )
+
+
+# -- explain and env ------------------------------------------------------------------------------------------------
+
+
+def explain_command(args: argparse.Namespace) -> None:
+    model, _ = _load(args)
+    rows = explain(model, _random_ids(model, args.batch_size, args.length))
+    print(json.dumps([dataclasses.asdict(row) for row in rows]) if args.json else rows)
+
+
+def _random_ids(model: OpenAIGPTLMHeadModel, B: int, T: int) -> torch.Tensor:
+    return torch.randint(model.config.vocab_size, (B, T), generator=torch.Generator().manual_seed(0)).to(model.device)
+
+
+def env(args: argparse.Namespace) -> None:
+    rows: dict[str, Any] = {
+        "gptfast": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    for package in ("torch", "triton", "transformers", "tokenizers", "safetensors", "ftfy", "spacy", "h5py"):
+        found = importlib.util.find_spec(package) is not None
+        rows[package] = importlib.metadata.version(package) if found else None
+    rows["cuda"] = torch.version.cuda
+    rows["gpus"] = [
+        f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability {p.major}.{p.minor}"
+        for p in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    ]
+    rows["shipped_model"] = (SHIPPED / "config.json").exists()
+    if args.json:
+        print(json.dumps(rows))
+    else:
+        for name, value in rows.items():
+            value = ", ".join(value) or "none" if isinstance(value, list) else value
+            print(f"{name:16} {'not installed' if value is None else value}")
+
+
+# -- demo -----------------------------------------------------------------------------------------------------------
+
+
+def demo(args: argparse.Namespace) -> None:
+    from gptfast_kernels import use_backend
+
+    model, tokenizer = _load(args)
+    c = model.config
+    print(
+        f"GPT-1, {c.n_layer} layers, width {c.n_embd}, {c.n_head} heads, vocabulary {c.vocab_size:,}: "
+        f"{model.num_parameters():,} parameters, {str(model.dtype).removeprefix('torch.')} on {model.device}\n"
+    )
+    ids = _random_ids(model, 4, c.n_positions)
+    print(explain(model, ids))
+
+    def forward(backend: str) -> Callable[[], torch.Tensor]:
+        def run() -> torch.Tensor:
+            with use_backend(backend), torch.inference_mode():
+                logits = model(ids).logits
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            return logits
+
+        return run
+
+    fast, reference = forward("auto"), forward("reference")
+    exact = _double(model, ids)
+    errors = [float((run().double() - exact).abs().max()) for run in (fast, reference)]
+    print(
+        f"\nlargest error of {exact.numel():,} logits (largest: {float(exact.abs().max()):.1f}) "
+        f"against the reference in float64: {errors[0]:.1e}; the unfused reference itself errs by {errors[1]:.1e}"
+    )
+    times = _interleaved_medians([fast, reference], args.rounds)
+    print(
+        f"forward pass of {ids.shape[0]} x {ids.shape[1]} tokens, median of {args.rounds} interleaved rounds: "
+        f"{1e3 * times[0]:.1f} ms, unfused reference {1e3 * times[1]:.1f} ms: {times[1] / times[0]:.2f} times as fast\n"
+    )
+    result = _stream(
+        model,
+        tokenizer,
+        args.prompt,
+        echo=True,
+        max_new_tokens=args.max_new_tokens,
+        do_sample=True,
+        temperature=0.8,
+        top_k=40,
+        seed=args.seed,
+    )
+    print(_speed(result))
+
+
+def _double(model: OpenAIGPTLMHeadModel, ids: torch.Tensor) -> torch.Tensor:
+    """Logits by the formulas in float64: the oracle."""
+    from gptfast_kernels import use_backend
+
+    oracle = OpenAIGPTLMHeadModel(model.config).to(ids.device, torch.float64).eval()
+    oracle.load_state_dict(model.state_dict())
+    with use_backend("reference"), torch.inference_mode():
+        return oracle(ids).logits
+
+
+def _interleaved_medians(runs: Sequence[Callable[[], object]], rounds: int) -> list[float]:
+    """Seconds, one call of each a round, so that a slow spell of the machine hits all of them."""
+    seconds: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds):
+        for run, times in zip(runs, seconds, strict=True):
+            started = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - started)
+    return [statistics.median(times) for times in seconds]
+
+
+# -- arguments ------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("gptfast", description="GPT-1 on fused kernels.")
+    parser.add_argument("--version", action="version", version=f"gptfast {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, run: Callable, help: str, *, model: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        sub.set_defaults(run=run)
+        if model:
+            sub.add_argument("--model", default=str(SHIPPED), help="a folder or a Hub name", metavar="NAME")
+            sub.add_argument("--device", help="cpu, cuda, cuda:1, …; a GPU if there is one")
+            sub.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU, float32 on a CPU")
+        return sub
+
+    sub = command("demo", demo, "Check, time and listen to the small model that ships with the package.")
+    sub.add_argument("--prompt", default=DEMO_PROMPT)
+    sub.add_argument("--max-new-tokens", type=int, default=120)
+    sub.add_argument("--rounds", type=int, default=10, help="of the timing")
+    sub.add_argument("--seed", type=int, default=0)
+
+    sub = command("generate", generate, "Continue a prompt.")
+    prompt = sub.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="- reads standard input")
+    sub.add_argument("--max-new-tokens", type=int, default=100)
+    sub.add_argument("--greedy", action="store_true", help="take the likeliest token, do not sample")
+    sub.add_argument("--temperature", type=float, default=0.8)
+    sub.add_argument("--top-k", type=int, default=40, help="0: all")
+    sub.add_argument("--top-p", type=float, default=1.0)
+    sub.add_argument("--seed", type=int, help="makes the sampling repeatable")
+    sub.add_argument("--stop", action="append", default=[], metavar="TOKEN", help="ends the text; may be repeated")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+    sub = command("score", score, "Perplexity and bits per byte of a text.")
+    sub.add_argument("file", help="- reads standard input")
+    sub.add_argument("--context", type=int, help="tokens a window; the model's n_positions if not given")
+    sub.add_argument("--stride", type=int, help="tokens between windows; half the context if not given")
+    sub.add_argument("--batch-size", type=int, default=8, help="windows a forward pass")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+    sub = command("train", train, "Train a language model on text files.", model=False)
+    sub.add_argument("files", nargs="+", metavar="FILE", help="UTF-8 text")
+    sub.add_argument("--output", required=True, metavar="FOLDER")
+    sub.add_argument("--model", help="a folder or Hub name to go on from; a new model if not given", metavar="NAME")
+    sub.add_argument("--device", help="cpu, cuda, cuda:1, …; a GPU if there is one")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the matmuls; float32 if not given")
+    sub.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
+    sub.add_argument("--steps", type=int, required=True)
+    sub.add_argument("--batch-size", type=int, default=16)
+    sub.add_argument("--context", type=int, default=256, help="tokens a sequence")
+    sub.add_argument("--learning-rate", type=float, default=1e-3)
+    sub.add_argument("--warmup-steps", type=int, default=100)
+    sub.add_argument("--weight-decay", type=float, default=0.1)
+    sub.add_argument("--beta1", type=float, default=0.9)
+    sub.add_argument("--beta2", type=float, default=0.95)
+    sub.add_argument("--clip-norm", type=float, default=1.0)
+    sub.add_argument("--held-out", type=float, default=0.05, help="fraction of each file, its end")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--save-every", type=int, default=500, help="steps")
+    sub.add_argument("--evaluate-every", type=int, default=500, help="steps")
+    new = sub.add_argument_group("a new model")
+    new.add_argument("--vocab-size", type=int, default=4096)
+    new.add_argument("--n-positions", type=int, default=512)
+    new.add_argument("--n-embd", type=int, default=256)
+    new.add_argument("--n-layer", type=int, default=6)
+    new.add_argument("--n-head", type=int, default=4)
+    new.add_argument("--dropout", type=float, default=0.1)
+    new.add_argument("--attention-dropout", type=float, default=0.0, help="0 keeps a CPU on its fused attention")
+    sub.add_argument("--json", action="store_true", help="print one JSON object, no progress bar")
+
+    sub = command("explain", explain_command, "Which backend runs each op, and why a faster one does not.")
+    sub.add_argument("--batch-size", type=int, default=1)
+    sub.add_argument("--length", type=int, default=128)
+    sub.add_argument("--json", action="store_true", help="print a JSON list")
+
+    sub = command("env", env, "Versions and devices, for a bug report.", model=False)
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (OSError, ValueError, TypeError, ImportError, FloatingPointError) as error:
+        print(f"gptfast: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"gptfast: interrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

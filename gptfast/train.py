@@ -1,0 +1,308 @@
+"""Training a GPT-1 language model on plain text: AdamW, linear warm-up and cosine decay, gradient clipping.
+
+The batch and the dropout of step s depend on (seed, s) alone. So a run that is interrupted and resumed takes the
+steps, and sees the numbers, of one that was not.
+"""
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from gptfast_kernels import linear_cross_entropy
+
+from .config import OpenAIGPTConfig
+from .heads import OpenAIGPTLMHeadModel
+from .scoring import Score, score_ids
+from .tokenizer import OpenAIGPTTokenizer
+
+STATE_FILE = "training_state.pt"
+LOG_FILE = "training_log.jsonl"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the numbers of a run; resuming under others is refused."""
+
+    steps: int
+    batch_size: int = 16
+    context: int = 256  # tokens a sequence
+    learning_rate: float = 1e-3  # at its highest
+    warmup_steps: int = 100
+    weight_decay: float = 0.1  # of matrices; gains and biases are left alone
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip_norm: float = 1.0
+    held_out: float = 0.05  # of each file, its end
+    seed: int = 0
+    dtype: str = "float32"  # of the matmuls; weights and optimiser stay float32
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "context"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out must be in [0, 1), got {self.held_out}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
+
+
+def learning_rate(step: int, settings: Settings) -> float:
+    """Of step 0 … steps - 1: linear warm-up, then a half cosine to 0 (Loshchilov & Hutter 2016, arXiv:1608.03983)."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Batches:
+    """Windows of a token stream, in a new order each epoch: none is seen twice in an epoch.
+
+    Args:
+        ids: int64 [N]. context: tokens that are predicted a window; it holds one more. seed: of the order.
+    """
+
+    def __init__(self, ids: Tensor, *, batch_size: int, context: int, seed: int):
+        self.ids, self.batch_size, self.context, self.seed = ids, batch_size, context, seed
+        self.per_epoch = (len(ids) - context - 1) // context // batch_size
+        if self.per_epoch < 1:
+            raise ValueError(
+                f"the text has {len(ids)} tokens, a batch of {batch_size} sequences of {context} needs "
+                f"{batch_size * context + context + 1}"
+            )
+        self._epoch = -1
+
+    def __getitem__(self, step: int) -> Tensor:
+        """int64 [batch_size, context + 1], the same for the same step."""
+        epoch, batch = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._shift = int(torch.randint(self.context, (1,), generator=generator))
+            windows = (len(self.ids) - self._shift - 1) // self.context
+            self._order, self._epoch = torch.randperm(windows, generator=generator), epoch
+        chosen = self._order[batch * self.batch_size : (batch + 1) * self.batch_size]
+        return self.ids[self._shift + chosen[:, None] * self.context + torch.arange(self.context + 1)]
+
+
+def read_texts(files: Sequence[str | os.PathLike]) -> list[str]:
+    """The files' contents. OSError: one is missing. ValueError: one is not UTF-8, or empty."""
+    texts = []
+    for file in files:
+        try:
+            text = Path(file).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+        if not text.strip():
+            raise ValueError(f"{file} holds no text")
+        texts.append(text)
+    return texts
+
+
+def split_held_out(text: str, fraction: float) -> tuple[str, str]:
+    """(training, held-out): the end of the text is held out, cut at a line."""
+    if not fraction:
+        return text, ""
+    cut = text.rfind("\n", 0, int(len(text) * (1 - fraction))) + 1
+    return text[:cut], text[cut:]
+
+
+def make_optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, settings.learning_rate, (settings.beta1, settings.beta2), fused=True)
+
+
+def train(
+    model: OpenAIGPTLMHeadModel,
+    tokenizer: OpenAIGPTTokenizer,
+    texts: Sequence[str],
+    settings: Settings,
+    output: str | os.PathLike,
+    *,
+    resume: bool = False,
+    save_every: int = 500,
+    evaluate_every: int = 500,
+    progress: bool = True,
+) -> tuple[OpenAIGPTLMHeadModel, Score | None]:
+    """Trains ``model`` in place and leaves it, in float16, with its tokenizer and log, in the folder ``output``.
+
+    A first Ctrl-C (or SIGTERM) finishes the step, saves, and raises KeyboardInterrupt.
+
+    Args:
+        model: a new or a pretrained one, on the device to train on.
+        texts: one string a document; the end of each is held out.
+        resume: go on from ``output``'s saved state.
+        save_every, evaluate_every: in steps.
+        progress: show a progress bar.
+
+    Returns:
+        The model and its score on the held-out text (None if nothing is held out).
+
+    Raises:
+        ValueError: too little text, or ``resume`` under other settings. FileExistsError: ``output`` has an unfinished
+        run and ``resume`` is False. FloatingPointError: the loss is no longer finite.
+    """
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    state_file, log_file = folder / STATE_FILE, folder / LOG_FILE
+    if state_file.exists() and not resume:
+        raise FileExistsError(f"{folder} holds an unfinished run: resume it, or choose another folder")
+    if settings.context > model.config.n_positions:
+        raise ValueError(f"context must be at most n_positions = {model.config.n_positions}, got {settings.context}")
+
+    parts = [split_held_out(text, settings.held_out) for text in texts]
+    ids = _encode(tokenizer, [a for a, _ in parts], progress, "tokenizing")
+    held_out = _encode(tokenizer, [b for _, b in parts if b], progress, "tokenizing held-out text")
+    held_out_bytes = sum(len(b.encode()) for _, b in parts)
+    batches = Batches(ids, batch_size=settings.batch_size, context=settings.context, seed=settings.seed)
+    optimizer = make_optimizer(model, settings)
+    first, losses = 0, []  # of the steps since the last row of the log
+    if state_file.exists():
+        first, losses = _load_state(state_file, model, optimizer, settings, ids)
+        _keep_log_up_to(log_file, first)
+    else:
+        log_file.write_text("")
+
+    device = model.device
+    autocast = torch.autocast(device.type, DTYPES[settings.dtype], enabled=settings.dtype != "float32")
+    model.train()
+    bar = tqdm(total=settings.steps, initial=first, desc="training", unit="step", disable=not progress)
+    started = time.perf_counter()
+    with _interruptible() as interrupted, bar, log_file.open("a") as log:
+        for step in range(first, settings.steps):
+            torch.manual_seed(settings.seed * 1_000_003 + step)  # dropout
+            rate = learning_rate(step, settings)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            batch = batches[step].to(device)
+            with autocast:
+                hidden = model.transformer(batch[:, :-1], return_dict=True).last_hidden_state
+                loss = linear_cross_entropy(hidden, model.lm_head.weight, batch[:, 1:])
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+            if not math.isfinite(float(norm)):
+                raise FloatingPointError(f"step {step}: loss {float(loss)}, gradient norm {float(norm)}")
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+            bar.update()
+
+            done = step + 1
+            last = done == settings.steps
+            if done % evaluate_every == 0 or last:
+                model.eval()
+                score = score_ids(model, held_out, text_bytes=held_out_bytes) if len(held_out) > 1 else None
+                model.train()
+                row = {
+                    "step": done,
+                    "loss": float(torch.stack(losses).mean()),
+                    "held_out_loss": score and score.nll / score.tokens,
+                    "held_out_perplexity": score and score.perplexity,
+                    "held_out_bits_per_byte": score and score.bits_per_byte,
+                    "learning_rate": rate,
+                    "tokens_per_second": (done - first) * batch[:, 1:].numel() / (time.perf_counter() - started),
+                }
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                bar.set_postfix(loss=f"{row['loss']:.3f}", held_out=score and f"{score.nll / score.tokens:.3f}")
+                losses = []
+            if (done % save_every == 0 or interrupted()) and not last:
+                _save_state(state_file, model, optimizer, settings, ids, done, losses)
+            if interrupted() and not last:
+                raise KeyboardInterrupt(f"stopped after step {done}; what was learnt is in {folder}")
+
+    model.eval()
+    score = score_ids(model, held_out, text_bytes=held_out_bytes) if len(held_out) > 1 else None
+    dtype = model.dtype
+    model.half().save_pretrained(folder)
+    model.to(dtype)
+    tokenizer.save_pretrained(folder)
+    state_file.unlink(missing_ok=True)
+    return model, score
+
+
+def _encode(tokenizer: OpenAIGPTTokenizer, texts: Sequence[str], progress: bool, title: str) -> Tensor:  # int64 [N]
+    ids: list[int] = []
+    for text in tqdm(texts, desc=title, unit="text", disable=not progress, leave=False):
+        ids += tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text))
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _fingerprint(settings: Settings, config: OpenAIGPTConfig, ids: Tensor) -> dict[str, Any]:
+    weights = torch.arange(1, len(ids) + 1) % 65_521
+    return {**asdict(settings), "config": config.to_dict(), "tokens": len(ids), "text": int((ids * weights).sum())}
+
+
+def _save_state(file: Path, model, optimizer, settings: Settings, ids: Tensor, step: int, losses: list[Tensor]) -> None:
+    """Written beside the last state and moved over it, so that one good state is there at any moment."""
+    state = {
+        "step": step,
+        "losses": losses,
+        "run": _fingerprint(settings, model.config, ids),
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    new = file.with_suffix(".new")
+    torch.save(state, new)
+    with new.open("rb") as handle:
+        os.fsync(handle.fileno())
+    new.replace(file)
+
+
+def _load_state(file: Path, model, optimizer, settings: Settings, ids: Tensor) -> tuple[int, list[Tensor]]:
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    run = _fingerprint(settings, model.config, ids)
+    differing = [name for name in run if state["run"].get(name) != run[name]]
+    if differing:
+        was, now = ({name: r.get(name) for name in differing} for r in (state["run"], run))
+        raise ValueError(f"{file} was made under other settings: {was}, now {now}")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], [loss.to(model.device) for loss in state["losses"]]
+
+
+def _keep_log_up_to(log_file: Path, step: int) -> None:
+    """Drops rows of steps that will be taken again, and a row cut off by a crash."""
+    rows = [line for line in log_file.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+    log_file.write_text("".join(row for row in rows if json.loads(row)["step"] <= step))
+
+
+@contextmanager
+def _interruptible():
+    """Inside, the first SIGINT or SIGTERM only sets a flag; the second ends the process as usual."""
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(seen)
+    finally:
+        restore()
