@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint gpu clean
+.PHONY: demo test lint gpu clean compile-report mutants
 
 demo: $(VENV)/.demo
 	$(BIN)/gptfast demo
@@ -17,6 +17,14 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	@test ! -e kernels/__init__.py || { echo "kernels/__init__.py would shadow HuggingFace's 'kernels' package"; exit 1; }
+
+# What each kernel compiles to on four targets: registers, spills, shared memory, blocks an SM. Needs no GPU.
+compile-report: $(VENV)/.test
+	PYTHONPATH=.:kernels $(BIN)/python -m tests.support.compile_gate $(CASES)
+
+# Breaks the kernels on purpose, one place at a time; each break must turn a test red.
+mutants: $(VENV)/.test
+	PYTHONPATH=.:kernels $(BIN)/python -m tests.support.mutants $(MUTANTS)
 
 # torch first: another package's range must not choose the build.
 $(VENV)/.torch:

@@ -97,7 +97,7 @@ class Launch:
         return base
 
     def addresses(self, pointers: np.ndarray, mask: np.ndarray, itemsize: int, kind: str) -> np.ndarray:
-        """Real addresses of virtual ``pointers``, once the lanes in ``mask`` are known to be in bounds and race-free."""
+        """Real addresses of virtual ``pointers``, once ``mask`` is known to be in bounds and race-free."""
         virtual = pointers.astype(np.int64)
         mask = np.broadcast_to(mask.astype(np.bool_), virtual.shape)
         real = np.zeros(virtual.shape, np.int64)
