@@ -3,24 +3,28 @@
     z[n] = hidden[n] @ weight.T + bias
     loss[n] = logsumexp(z[n]) - z[n, target[n]]              0 where target[n] == ignore_index
 
-The logits of GPT-1 at 32k tokens are 32,768 x 40,478: 5.3 GB in float32, and as much again for their gradient. Here a
-chunk of rows lives at a time. Forward saves one number a row (the logsumexp); backward makes the chunk's logits again:
-
     dz[n]   = (softmax(z[n]) - onehot(target[n])) * dloss[n]
     dhidden = dz @ weight      dweight = dz.T @ hidden      dbias = sum_n dz[n]
 
+The logits of GPT-1 at 32k tokens are 32,768 x 40,478: 5.3 GB in float32, and as much again for their gradient. Here
+only a chunk of rows lives at a time. "mean" and "sum" need one number of dloss for all rows, so their forward makes the
+gradients while the chunk is at hand (three matmuls in all) and their backward scales them; "none" learns dloss only in
+backward, which makes the logits again (four).
+
 Shapes: hidden [..., C]; weight [V, C]; bias [V]; target [...]; N rows in all.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import _dispatch
-from .projection import check_linear
+from ._autograd import first_order, wants_grad
+from .projection import check_linear, linear_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
-CHUNK_BYTES = 32 << 20  # of float32 logits: large enough for a full-speed matmul, small beside the weight
 
 
 def linear_cross_entropy_reference(
@@ -32,60 +36,169 @@ def linear_cross_entropy_reference(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    """All logits, then cross entropy."""
-    logits = F.linear(hidden, weight, bias).float()
-    loss = F.cross_entropy(logits.flatten(0, -2), target.flatten(), ignore_index=ignore_index, reduction=reduction)
+    """All logits, then cross entropy; in float32 at least. hidden [..., C] and target [...] as after the shift."""
+    logits = F.linear(hidden, weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).reshape(-1, len(weight))
+    loss = F.cross_entropy(logits, target.flatten(), ignore_index=ignore_index, reduction=reduction)
     return loss.view(target.shape) if reduction == "none" else loss
 
 
-class _ChunkedLinearCrossEntropy(torch.autograd.Function):
-    """Per-row losses [N] in float32, a chunk of rows at a time."""
+# ---- one chunk of logits: losses, and the logits' gradient ----
+
+
+def _rows_torch(z: Tensor, target: Tensor, dloss: Tensor | None, ignore_index: int, p: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss [n], dz [n, V] in z's dtype) of logits z [n, V], target [n] and dloss [n]; without dloss no dz but z.
+
+    p [n, V], of the dtype of the loss, is overwritten. A target outside [0, V) has loss NaN.
+    """
+    torch.log_softmax(z, -1, dtype=p.dtype, out=p)
+    counts, in_range = target != ignore_index, (target >= 0) & (target < z.shape[1])
+    column = torch.where(in_range, target, 0)[:, None]
+    loss = p.gather(1, column)[:, 0].neg_()
+    loss = loss.masked_fill_(~in_range, torch.nan).masked_fill_(~counts, 0.0)
+    if dloss is None:
+        return loss, z
+    dz = p.exp_().scatter_add_(1, column, p.new_full(column.shape, -1.0))
+    return loss, dz.mul_(torch.where(counts, dloss, 0.0)[:, None]).to(z.dtype)
+
+
+# ---- all rows, a chunk at a time ----
+
+# Bytes of logits in a chunk, and the fewest rows that keep the matmuls at full speed.
+# 16 MiB, 256 rows: the fastest at V = 4096 and within 10 % of it at V = 40,478, of 128 to 2048 rows (2 cores).
+# 128 MiB on a GPU: each chunk reads and writes the float32 dweight once (124 MB for GPT-1), so few chunks. Not timed.
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
+MIN_ROWS = 256
+
+
+def rows_per_chunk(V: int, dtype: torch.dtype, device: torch.device) -> int:
+    """How many rows of V logits are held at a time."""
+    return max(MIN_ROWS, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (V * dtype.itemsize or 1))
+
+
+def _chunked(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    dloss: Tensor | None,
+    needs: list[bool],
+    ignore_index: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss [N], dhidden, dweight, dbias) of hidden [N, C], target [N] and dloss [N], with logits in ``dtype``.
+
+    ``needs`` says which gradients are wanted; the others are empty, and so are all without ``dloss``. The loss, dweight
+    and dbias are float32, float64 if ``dtype`` is.
+    """
+    exact, need_hidden, need_weight, need_bias = _plan(bias, dloss, needs, dtype)
+    (N, C), V = hidden.shape, len(weight)
+    loss = hidden.new_zeros(N, dtype=exact)
+    dhidden = hidden.new_zeros((N, C) if need_hidden else 0)
+    dweight = weight.new_zeros((V, C) if need_weight else 0, dtype=exact)
+    dbias = weight.new_zeros(V if need_bias else 0, dtype=exact)
+
+    w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
+    rows = torch.arange(N, device=hidden.device)
+    if hidden.device.type == "cpu":  # leave out what does not count; on a GPU finding it would cost a synchronisation
+        rows = rows[target != ignore_index]
+    size = min(len(rows), rows_per_chunk(V, dtype, hidden.device))
+    logits, scratch = hidden.new_empty(size, V, dtype=dtype), hidden.new_empty(size, V, dtype=exact)
+    for n in rows.split(size) if size else ():
+        h, z, p = hidden[n].to(dtype), logits[: len(n)], scratch[: len(n)]
+        if b is None:
+            torch.mm(h, w.t(), out=z)
+        else:
+            torch.addmm(b, h, w.t(), out=z)
+        loss[n], dz = _rows_torch(z, target[n], None if dloss is None else dloss[n], ignore_index, p)
+        if need_hidden:
+            dhidden[n] = (dz @ w).to(hidden.dtype)
+        if need_weight:
+            _accumulate(dweight, dz.t(), h)
+        if need_bias:
+            dbias += dz.sum(0, dtype=exact)
+    return loss, dhidden, dweight, dbias
+
+
+def _plan(bias, dloss, needs, dtype):
+    wanted = [dloss is not None and need for need in needs]
+    return torch.promote_types(dtype, torch.float32), *wanted[:2], wanted[2] and bias is not None
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b``, where total may be float32 and a, b half precision."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
+# ---- registration ----
+
+
+def _chunked_fake(hidden, weight, bias, target, dloss, needs, ignore_index, dtype):
+    exact, need_hidden, need_weight, need_bias = _plan(bias, dloss, needs, dtype)
+    return (
+        hidden.new_empty(len(hidden), dtype=exact),
+        hidden.new_empty(hidden.shape if need_hidden else 0),
+        weight.new_empty(weight.shape if need_weight else 0, dtype=exact),
+        weight.new_empty(len(weight) if need_bias else 0, dtype=exact),
+    )
+
+
+_lib = torch.library.Library("gptfast", "FRAGMENT")
+_lib.define(
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? dloss, bool[] needs, "
+    "int ignore_index, ScalarType dtype) -> (Tensor loss, Tensor dhidden, Tensor dweight, Tensor dbias)"
+)
+_lib.impl("linear_cross_entropy", _chunked, "CompositeExplicitAutograd")
+torch.library.register_fake("gptfast::linear_cross_entropy", _chunked_fake, lib=_lib)
+_op = torch.ops.gptfast.linear_cross_entropy.default
+
+
+class _Rows(torch.autograd.Function):
+    """Losses [N]; backward makes the logits again."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, ignore_index):
-        N, V = len(hidden), len(weight)
-        rows = max(1, CHUNK_BYTES // (4 * V))
-        loss = hidden.new_empty(N, dtype=torch.float32)
-        lse = hidden.new_empty(N, dtype=torch.float32)
-        for i in range(0, N, rows):
-            n = slice(i, i + rows)
-            z = F.linear(hidden[n], weight, bias).float()  # [rows, V]
-            lse[n] = z.logsumexp(-1)
-            picked = z.gather(1, target[n].clamp(0, V - 1)[:, None])[:, 0]
-            loss[n] = torch.where(target[n] == ignore_index, 0.0, lse[n] - picked)
-        ctx.save_for_backward(hidden, weight, bias, target, lse)
-        ctx.ignore_index, ctx.rows = ignore_index, rows
-        return loss
+    def forward(ctx, hidden, weight, bias, target, *how):
+        ctx.save_for_backward(hidden, weight, bias, target)
+        ctx.how = how
+        return _op(hidden, weight, bias, target, None, [False] * 3, *how)[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("linear_cross_entropy")
     def backward(ctx, dloss):
-        hidden, weight, bias, target, lse = ctx.saved_tensors
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dhidden = torch.empty_like(hidden) if need_hidden else None
-        dweight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        dbias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
-        V = len(weight)
-        dloss = dloss.masked_fill(target == ctx.ignore_index, 0.0)
-        for i in range(0, len(hidden), ctx.rows):
-            n = slice(i, i + ctx.rows)
-            z = F.linear(hidden[n], weight, bias).float()
-            dz = z.sub_(lse[n, None]).exp_()
-            dz.scatter_add_(1, target[n].clamp(0, V - 1)[:, None], torch.full_like(lse[n, None], -1.0))
-            dz = dz.mul_(dloss[n, None]).to(hidden.dtype)
-            if dhidden is not None:
-                dhidden[n] = dz @ weight
-            if dweight is not None:
-                dweight += dz.t() @ hidden[n]
-            if dbias is not None:
-                dbias += dz.sum(0, dtype=torch.float32)
-        return (
-            dhidden,
-            None if dweight is None else dweight.to(weight.dtype),
-            None if dbias is None else dbias.to(bias.dtype),
-            None,
-            None,
-        )
+        _, *grads = _op(*ctx.saved_tensors, dloss, list(ctx.needs_input_grad[:3]), *ctx.how)
+        dtypes = [None if x is None else x.dtype for x in ctx.saved_tensors[:3]]
+        return _for_inputs(grads, dtypes, ctx.needs_input_grad)
+
+
+class _Sum(torch.autograd.Function):
+    """Sum of the losses, a scalar; forward makes the gradients too."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, *how):
+        dloss = target.new_ones(target.shape, dtype=torch.float32)
+        loss, *grads = _op(hidden, weight, bias, target, dloss, list(ctx.needs_input_grad[:3]), *how)
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        return loss.sum()
+
+    @staticmethod
+    @first_order("linear_cross_entropy")
+    def backward(ctx, dtotal):
+        return _for_inputs([grad * dtotal for grad in ctx.saved_tensors], ctx.dtypes, ctx.needs_input_grad)
+
+
+def _for_inputs(grads, dtypes, needed):
+    """What backward returns for forward's six inputs: gradients in their inputs' dtypes, None where none is needed."""
+    hidden, weight, bias = (g.to(t) if need else None for g, t, need in zip(grads, dtypes, needed, strict=False))
+    return hidden, weight, bias, None, None, None
+
+
+# ---- public ----
 
 
 def linear_cross_entropy(
@@ -96,8 +209,10 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    shift: bool = False,
+    return_logprobs: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | Any:
     """``F.cross_entropy(F.linear(hidden, weight, bias), target)`` in float32, without holding the logits.
 
     Args:
@@ -105,26 +220,35 @@ def linear_cross_entropy(
         weight: [V, C], any strides.
         target: [...], int64, each in [0, V) or ``ignore_index``.
         bias: [V] or None.
-        ignore_index: rows with this target count neither in the loss nor in the mean.
+        ignore_index: rows with this target count neither in the loss nor in the mean. Any integer.
         reduction: "mean" (over the rows that count; NaN if none does), "sum" or "none".
+        shift: position t of hidden [..., T, C] predicts target[..., t + 1], and the last one nothing. hidden is not
+            copied for it.
+        return_logprobs: also return the log-probability of each row's target, 0 where none counts.
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
-        float32: a scalar, or [...] with ``reduction="none"`` (0 where ignored).
+        float32 (float64 for float64): a scalar, or [...] with ``reduction="none"``, 0 where ignored. With
+        ``return_logprobs=True`` (loss, log-probabilities [...]).
 
     Raises:
-        ValueError: a shape or ``reduction`` is not accepted. TypeError: ``target`` is not int64.
-        IndexError: a target is out of range, on a CPU. RuntimeError: the backend asked for cannot run.
+        ValueError: a shape or ``reduction`` is not accepted. TypeError: ``target`` is not int64, or hidden, weight and
+        bias differ in dtype, without autocast. IndexError: a target is out of range, on a CPU; on a GPU, where reading
+        one back costs a synchronisation, its loss is NaN. RuntimeError: the backend asked for cannot run.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    check_linear(hidden, weight, bias)
+    check_linear("hidden", hidden, weight, bias)
     if target.dtype != torch.int64:
         raise TypeError(f"target must be int64, got {target.dtype}")
     if target.shape != hidden.shape[:-1]:
         raise ValueError(
             f"target must have the shape {list(hidden.shape[:-1])} of hidden's rows, got {list(target.shape)}"
         )
+    if shift:
+        if target.ndim == 0:
+            raise ValueError("shift=True needs hidden [..., T, C] and target [..., T], got a single row")
+        target = F.pad(target[..., 1:], (0, min(1, target.shape[-1])), value=ignore_index)
     V = len(weight)
     if target.device.type == "cpu" and not torch.compiler.is_compiling():
         bad = target[(target != ignore_index) & ((target < 0) | (target >= V))]
@@ -133,12 +257,26 @@ def linear_cross_entropy(
                 f"target contains {int(bad[0])}; accepted are 0 to {V - 1} and ignore_index={ignore_index}"
             )
 
-    if _dispatch.select("linear_cross_entropy", backend, _dispatch.NOT_YET) == "reference":
-        return linear_cross_entropy_reference(
-            hidden, weight, target, bias=bias, ignore_index=ignore_index, reduction=reduction
-        )
-    rows = _ChunkedLinearCrossEntropy.apply(hidden.flatten(0, -2), weight, bias, target.flatten(), ignore_index)
-    if reduction == "none":
-        return rows.view(target.shape)
-    total = rows.sum()
-    return total / (target != ignore_index).sum() if reduction == "mean" else total
+    backend = _dispatch.select("linear_cross_entropy", backend, _dispatch.NOT_YET)
+    args = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, target.flatten(), ignore_index, linear_dtype(hidden))
+    train = wants_grad(*args[:3])
+    if backend == "torch" and train and reduction != "none" and not return_logprobs:
+        total = _Sum.apply(*args)
+    else:
+        if backend == "reference":
+            rows = linear_cross_entropy_reference(
+                hidden, weight, target, bias=bias, ignore_index=ignore_index, reduction="none"
+            )
+        else:
+            rows = _Rows.apply(*args) if train else _op(*args[:4], None, [False] * 3, *args[4:])[0]
+            rows = rows.view(target.shape)
+        total = rows.sum()
+
+    loss = rows if reduction == "none" else total if reduction == "sum" else _mean(total, target != ignore_index)
+    return (loss, -rows) if return_logprobs else loss
+
+
+def _mean(total: Tensor, counts: Tensor) -> Tensor:
+    """NaN where nothing counts, as ``F.cross_entropy``, with gradients of zero, as there."""
+    n = counts.sum()
+    return torch.where(n > 0, total / n.clamp(min=1), torch.nan)

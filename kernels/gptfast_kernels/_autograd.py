@@ -1,0 +1,28 @@
+"""What the autograd functions of the ops share."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether a gradient may flow to any of the tensors. Without one, an op skips its autograd function."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def first_order(op: str) -> Callable[[Callable], Callable]:
+    """Makes ``create_graph=True`` an error in the backward it decorates. ``once_differentiable`` does so only where the
+    incoming gradient requires one itself: elsewhere the first gradient would pass for a constant, silently."""
+
+    def decorate(backward):
+        @functools.wraps(backward)
+        def checked(ctx, *grads):
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                raise RuntimeError(f"{op}: this backend has no second derivatives; backend='reference' has")
+            return backward(ctx, *grads)
+
+        return checked
+
+    return decorate
