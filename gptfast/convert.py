@@ -1,0 +1,140 @@
+"""Weights from before PyTorch, read as PyTorch state dicts: TensorFlow's ``tf_model.h5`` and OpenAI's ``params_*.npy``.
+
+Both readers give CPU tensors under HuggingFace's keys, checked for completeness; a damaged file is a ValueError that
+names it. Whether the tensors fit a model is ``checkpoint``'s business.
+
+HuggingFace's TensorFlow classes computed the exact (erf) GELU whatever ``config.afn`` said, its PyTorch classes the
+tanh form. Their files load with what the config says, as in HuggingFace's own conversion; ``afn="gelu_erf"`` gives the
+numbers TensorFlow gave.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_TENSORFLOW_LEAVES = {"kernel": "weight", "embeddings": "weight", "gamma": "weight", "beta": "bias"}
+
+# A block's tensors in the order of OpenAI's files.
+_OPENAI_BLOCK = [
+    f"{module}.{leaf}"
+    for module in ("attn.c_attn", "attn.c_proj", "ln_1", "mlp.c_fc", "mlp.c_proj", "ln_2")
+    for leaf in ("weight", "bias")
+]
+
+
+def read_json(path: Path, kind: type) -> Any:
+    """The JSON value of a file, which must be of the given type."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{path} must hold a JSON {kind.__name__}, got {type(value).__name__}")
+    return value
+
+
+# -- TensorFlow -------------------------------------------------------------------------------------------------
+
+
+def read_tensorflow_h5(path: Path) -> dict[str, Tensor]:
+    """Weights of any of HuggingFace's TF classes.
+
+    Keras lists its layers in the file's attribute ``layer_names``, a layer's variables in the group's ``weight_names``;
+    a variable is the dataset ``<layer>/<model>/<layer>/…``. Links and storage that lead out of the file are refused.
+    """
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError(f'{path} needs h5py: pip install "gptfast-kernels[convert]"') from error
+    try:
+        with h5py.File(path, "r") as file:
+            datasets: dict[str, Any] = {}
+            file.visititems(
+                lambda name, item: datasets.update({name: item}) if isinstance(item, h5py.Dataset) else None
+            )
+            state_dict = {}
+            for layer in _names(file, "layer_names"):
+                for variable in _names(file[layer], "weight_names"):
+                    dataset = datasets[f"{layer}/{variable}"]
+                    if dataset.is_virtual or dataset.external:
+                        raise ValueError(f"{dataset.name} is stored in another file")
+                    key, tensor = from_tensorflow(variable.partition("/")[2], torch.from_numpy(dataset[()]))
+                    state_dict[key] = tensor
+    except KeyError as error:
+        raise ValueError(f"{path} is damaged, or not a Keras weights file: it has no {error.args[0]}") from error
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged, or not a Keras weights file: {error}") from error
+    return state_dict
+
+
+def _names(group: Any, attribute: str) -> list[str]:
+    if attribute not in group.attrs:
+        raise KeyError(f"{attribute} on {group.name}")
+    return [name.decode() if isinstance(name, bytes) else str(name) for name in group.attrs[attribute]]
+
+
+def from_tensorflow(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    """PyTorch's key and tensor for a TF variable without its model's name: ``transformer/h_._0/ln_1/gamma:0``."""
+    *path, leaf = name.removesuffix(":0").replace("_._", "/").split("/")
+    if leaf == "kernel":
+        tensor = tensor.t()  # Keras's Dense is [in, out]; Conv1D is so in PyTorch too
+    elif leaf == "bias":
+        tensor = tensor.reshape(-1)  # Conv1D's is [1, out]
+    return ".".join([*path, _TENSORFLOW_LEAVES.get(leaf, leaf)]), tensor
+
+
+# -- OpenAI -----------------------------------------------------------------------------------------------------
+
+
+def read_openai_npy(shapes_file: Path, parts: Sequence[Path]) -> dict[str, Tensor]:
+    """Weights of OpenAI's finetune-transformer-lm: one flat array cut into files without regard to tensors.
+
+    Args:
+        shapes_file: params_shapes.json, a list of shapes: positions, tokens, then 12 a block.
+        parts: params_0.npy, params_1.npy, …, in order.
+    """
+    shapes = read_json(shapes_file, list)
+    if len(shapes) < 2 or (len(shapes) - 2) % len(_OPENAI_BLOCK):
+        raise ValueError(f"{shapes_file} lists {len(shapes)} shapes, expected 2 and then {len(_OPENAI_BLOCK)} a block")
+    for shape in shapes:
+        sizes_given = isinstance(shape, list) and shape and all(isinstance(n, int) and n > 0 for n in shape)
+        if not sizes_given or math.prod(shape[:-2]) != 1:
+            raise ValueError(f"{shapes_file} has {shape!r} where a shape is expected: [n], [n, m] or [1, n, m]")
+    blocks = range((len(shapes) - 2) // len(_OPENAI_BLOCK))
+    keys = [
+        "positions_embed.weight",
+        "tokens_embed.weight",
+        *(f"h.{n}.{leaf}" for n in blocks for leaf in _OPENAI_BLOCK),
+    ]
+
+    arrays = [_read_npy(part) for part in parts]
+    sizes = [math.prod(shape) for shape in shapes]
+    held = sum(array.size for array in arrays)
+    if held != sum(sizes):
+        names = (
+            f"{parts[0]} to {parts[-1].name} hold" if parts else f"{shapes_file.parent} has no params_0.npy: it holds"
+        )
+        raise ValueError(f"{names} {held:,} numbers, {shapes_file.name} describes {sum(sizes):,}")
+    tensors = torch.from_numpy(np.concatenate(arrays, dtype=np.float32)).split(sizes)
+    # the leading 1 of a convolution's weight, [1, in, out], goes
+    return {key: t.view(shape[-2:]) for key, t, shape in zip(keys, tensors, shapes, strict=True)}
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (EOFError, OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} is damaged, or not a .npy of plain numbers: {error}") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+        raise ValueError(f"{path} must hold an array of floats, got {getattr(array, 'dtype', type(array).__name__)}")
+    return array.reshape(-1)
