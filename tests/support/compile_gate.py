@@ -1,8 +1,8 @@
-"""Machine code of every shipped config, with no GPU: registers, spills, shared memory, blocks an SM, matrix instructions.
+"""Machine code of every shipped config, with no GPU: registers, spills, blocks an SM, matrix instructions.
 
 ``tests/specs/<op>.py`` lists ``CASES``. A case calls the op's own launchers on CPU tensors under a stand-in driver that
-claims to be the target, so what is compiled is what a user's call compiles: the same signature, alignment hints, grid and
-config. Nothing is launched. ``SWEEPS`` count the variants that a range of sizes compiles.
+claims to be the target, so what is compiled is what a user's call compiles: the same signature, alignment hints, grid
+and config. Nothing is launched. ``SWEEPS`` count the variants that a range of sizes compiles.
 
     python -m tests.support.compile_gate                 the table, for every case and target
     python -m tests.support.compile_gate attention :90   where "op case target" contains these words
@@ -17,7 +17,6 @@ import importlib
 import io
 import json
 import multiprocessing
-import multiprocessing.connection
 import os
 import re
 import subprocess
@@ -44,6 +43,8 @@ LIMITS = {
 }
 PROCESSES = min(4, os.cpu_count() or 1)
 TIMEOUT_SECONDS = 300
+
+Job = tuple[str, str, str]  # op, case or sweep, target
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Facts:
 
 
 class _Driver:
-    """Stands in for a GPU driver of a given target: kernels compile for it and load, and launching them does nothing."""
+    """Stands in for the driver of a given target: kernels compile for it, and launching them does nothing."""
 
     def __init__(self, target: str) -> None:
         from triton.backends.compiler import GPUTarget
@@ -181,7 +182,8 @@ def _read_cuda(kernel: str, metadata, paths: dict[str, Path], log: str, arch: st
     instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", code, re.M)
     match = re.search(r"Used (\d+) registers", log)
     spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    assert match and spills, f"ptxas reported no registers for {kernel}: {log!r}"
+    assert match is not None, f"ptxas reported no registers for {kernel}: {log!r}"
+    assert spills is not None, f"ptxas reported no spills for {kernel}: {log!r}"
     registers, shared = int(match[1]), _get(metadata, "shared")
     warps = _get(metadata, "num_warps")
     most, whole, threads = LIMITS[arch]
@@ -258,8 +260,8 @@ def _report_sweep(sweep: Sweep, target: str) -> dict[str, Any]:
     return {"variants": counts, "violations": violations}
 
 
-def jobs(words: list[str] = []) -> list[tuple[str, str, str]]:  # noqa: B006 (never written to)
-    """(op, case or sweep, target) of everything in ``tests/specs`` that contains all the words."""
+def jobs(words: list[str] = []) -> list[Job]:  # noqa: B006 (never written to)
+    """Everything in ``tests/specs`` that contains all the words."""
     found = []
     for path in sorted((Path(__file__).parents[1] / "specs").glob("[!_]*.py")):
         spec = importlib.import_module(f"tests.specs.{path.stem}")
@@ -268,7 +270,7 @@ def jobs(words: list[str] = []) -> list[tuple[str, str, str]]:  # noqa: B006 (ne
     return [job for job in found if all(word in " ".join(job) for word in words)]
 
 
-def _do(job: tuple[str, str, str], channel) -> None:
+def _do(job: Job, channel) -> None:
     op, name, target = job
     spec = importlib.import_module(f"tests.specs.{op}")
     what = next(x for x in (*spec.CASES, *getattr(spec, "SWEEPS", ())) if x.name == name)
@@ -279,29 +281,27 @@ def _do(job: tuple[str, str, str], channel) -> None:
         raise
 
 
-def _do_all(todo: list[tuple[str, str, str]]) -> dict[tuple[str, str, str], dict[str, Any]]:
+def _do_all(todo: list[Job]) -> dict[Job, dict[str, Any]]:
     """Every job in a forked process of its own, a few at a time."""
     fork = multiprocessing.get_context("fork")
-    waiting, running, done = list(reversed(todo)), {}, {}
+    waiting, running, done = list(reversed(todo)), [], {}
     while waiting or running:
         while waiting and len(running) < PROCESSES:
             job = waiting.pop()
-            here, there = fork.Pipe(duplex=False)
-            process = fork.Process(target=_do, args=(job, there))
+            channel, far_end = fork.Pipe(duplex=False)
+            process = fork.Process(target=_do, args=(job, far_end))
             process.start()
-            there.close()
-            running[here] = job, process
-        ready = multiprocessing.connection.wait(list(running), timeout=TIMEOUT_SECONDS)
-        for channel in ready or list(running):
-            job, process = running.pop(channel)
-            if not ready:
-                process.terminate()
-            try:
-                done[job] = channel.recv()
-            except EOFError:
-                process.join()
-                done[job] = {"violations": [f"the compiler ended with exit code {process.exitcode}"]}
+            far_end.close()
+            running.append((job, process, channel))
+        job, process, channel = running.pop(0)
+        if not channel.poll(TIMEOUT_SECONDS):
+            process.terminate()
+        try:
+            done[job] = channel.recv()
+        except EOFError:
             process.join()
+            done[job] = {"violations": [f"the compiler ended with exit code {process.exitcode}"]}
+        process.join()
     return done
 
 
@@ -313,7 +313,7 @@ def main(words: list[str]) -> None:
         print(json.dumps([[*job, result] for job, result in results.items()]))
         return
     header = ("target", "op", "case", "kernel", "warps", "registers", "spilled", "shared", "blocks", "matrix", "code")
-    rows = [header]
+    rows: list[tuple[str, ...]] = [header]
     for (op, name, target), result in sorted(results.items()):
         for f in (Facts(**f) for f in result.get("facts", ())):
             numbers = (f.warps, f.registers, f.spilled, f.shared, f.blocks, f.matrix, f.instructions)
@@ -331,7 +331,7 @@ def main(words: list[str]) -> None:
 # ---- in the process that asks
 
 
-def run(words: list[str] = []) -> dict[tuple[str, str, str], dict[str, Any]]:  # noqa: B006 (never written to)
+def run(words: list[str] = []) -> dict[Job, dict[str, Any]]:  # noqa: B006 (never written to)
     """{(op, case, target): {"violations": […], "facts": […]}}, compiled in a process that is not interpreted."""
     root = Path(__file__).parents[2]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
