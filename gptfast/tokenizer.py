@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from .tokenizer_base import END_OF_WORD, AddedToken, BatchEncoding, TokenizerBase, read_merges, read_vocab, to_list
+from .tokenizer_fast import OpenAIGPTTokenizerFast
 
-__all__ = ["AddedToken", "BatchEncoding", "OpenAIGPTTokenizer", "train_tokenizer"]
+__all__ = ["AddedToken", "BatchEncoding", "OpenAIGPTTokenizer", "OpenAIGPTTokenizerFast", "train_tokenizer"]
 
 # --- text to words, in three ways
 

@@ -37,29 +37,32 @@ class AddedToken:
 
     Args:
         single_word: match only between spaces. lstrip, rstrip: take the white space on that side too.
-        normalized: match in the lower-cased text. special: skipped by `decode(skip_special_tokens=True)`.
+        normalized: match in the lower-cased text; None means `not special`.
+        special: skipped by `decode(skip_special_tokens=True)`.
     """
 
     content: str
     single_word: bool = False
     lstrip: bool = False
     rstrip: bool = False
-    normalized: bool = True
+    normalized: bool | None = None
     special: bool = False
+
+    def __post_init__(self) -> None:
+        if self.normalized is None:
+            object.__setattr__(self, "normalized", not self.special)
 
     @classmethod
     def of(cls, token: Any, special: bool = False) -> "AddedToken":
         """From a string, one of ours, HuggingFace's object of the same name, or its JSON form."""
         if isinstance(token, str):
-            return cls(token, special=special, normalized=not special)
-        fields = token if isinstance(token, Mapping) else {f.name: getattr(token, f.name, None) for f in _ADDED_FIELDS}
-        if not isinstance(fields.get("content"), str):
+            return cls(token, special=special)
+        names = [field.name for field in dataclasses.fields(cls)]
+        form = token if isinstance(token, Mapping) else {name: getattr(token, name, None) for name in names}
+        if not isinstance(form.get("content"), str):
             raise TypeError(f"token={token!r} must be a str or an AddedToken, not {type(token).__name__}")
-        known: dict[str, Any] = {f.name: fields[f.name] for f in _ADDED_FIELDS if f.name in fields}
-        return cls(**{"normalized": not special, **known, "special": special or bool(known.get("special"))})
-
-
-_ADDED_FIELDS = dataclasses.fields(AddedToken)
+        known: dict[str, Any] = {name: form[name] for name in names if name in form}
+        return cls(**known | {"special": special or bool(known.get("special"))})
 
 
 class _SpecialToken:
@@ -706,7 +709,7 @@ class TokenizerBase(ABC):
         folder = Path(save_directory)
         if not folder.is_dir():
             raise ValueError(f"save_directory={str(folder)!r} must be a folder that exists")
-        vocab, merges = (folder / _prefixed(name, filename_prefix) for name in (VOCAB_NAME, MERGES_NAME))
+        vocab, merges = (folder / prefixed(name, filename_prefix) for name in (VOCAB_NAME, MERGES_NAME))
         _write_json(vocab, self.encoder)
         lines = ["#version: 0.2", *(f"{left} {right}" for left, right in self.merges), ""]
         merges.write_text("\n".join(lines), encoding="utf-8", newline="\n")
@@ -725,7 +728,7 @@ class TokenizerBase(ABC):
         }
         paths = []
         for name, content in contents.items():
-            paths.append(folder / _prefixed(name, filename_prefix))
+            paths.append(folder / prefixed(name, filename_prefix))
             _write_json(paths[-1], content)
         return (*map(str, paths), *self.save_vocabulary(folder, filename_prefix))
 
@@ -758,7 +761,7 @@ def read_merges(source: Any) -> Merges:
     return pairs  # type: ignore[return-value]
 
 
-def read_tokenizer_json(path: Path) -> dict[str, Any]:
+def read_tokenizer_json(path: Any) -> dict[str, Any]:
     """A tokenizer.json, checked to be a byte-pair encoding in GPT-1's form."""
     content = read_json(path)
     model = content.get("model", {}) if isinstance(content, dict) else {}
@@ -841,7 +844,7 @@ def _described(source: Any) -> str:
     return str(source) if isinstance(source, (str, os.PathLike)) else type(source).__name__
 
 
-def _prefixed(name: str, prefix: str | None) -> str:
+def prefixed(name: str, prefix: str | None) -> str:
     return f"{prefix}-{name}" if prefix else name
 
 
