@@ -143,6 +143,7 @@ def train(
     resume: bool = False,
     save_every: int = 500,
     evaluate_every: int = 500,
+    log_every: int = 50,
     progress: bool = True,
 ) -> tuple[OpenAIGPTLMHeadModel, Score | None]:
     """Trains ``model`` in place and leaves it, in float16, with its tokenizer and log, in the folder ``output``.
@@ -153,7 +154,7 @@ def train(
         model: a new or a pretrained one, on the device to train on.
         texts: one string a document; the end of each is held out.
         resume: go on from ``output``'s saved state.
-        save_every, evaluate_every: in steps.
+        save_every, evaluate_every, log_every: in steps. The log has a row for each.
         progress: show a progress bar.
 
     Returns:
@@ -210,22 +211,22 @@ def train(
 
             done = step + 1
             last = done == settings.steps
-            if done % evaluate_every == 0 or last:
-                model.eval()
-                score = score_ids(model, held_out, text_bytes=held_out_bytes) if len(held_out) > 1 else None
-                model.train()
+            evaluated = len(held_out) > 1 and (done % evaluate_every == 0 or last)
+            if done % log_every == 0 or evaluated or last:
                 row = {
                     "step": done,
                     "loss": float(torch.stack(losses).mean()),
-                    "held_out_loss": score and score.nll / score.tokens,
-                    "held_out_perplexity": score and score.perplexity,
-                    "held_out_bits_per_byte": score and score.bits_per_byte,
                     "learning_rate": rate,
                     "tokens_per_second": (done - first) * batch[:, 1:].numel() / (time.perf_counter() - started),
                 }
+                if evaluated:
+                    model.eval()
+                    quick = score_ids(model, held_out, stride=model.config.n_positions - 1)  # windows do not overlap
+                    model.train()
+                    row["held_out_loss"] = quick.nll / quick.tokens
                 log.write(json.dumps(row) + "\n")
                 log.flush()
-                bar.set_postfix(loss=f"{row['loss']:.3f}", held_out=score and f"{score.nll / score.tokens:.3f}")
+                bar.set_postfix({name: f"{row[name]:.3f}" for name in ("loss", "held_out_loss") if name in row})
                 losses = []
             if (done % save_every == 0 or interrupted()) and not last:
                 _save_state(state_file, model, optimizer, settings, ids, done, losses)
