@@ -5,14 +5,16 @@
     triton      our kernels
 
 An op calls ``select(name, backend, cannot, slower)`` with the reason its Triton kernel cannot take this call, or None,
-and the reason it would not pay. ``"auto"`` takes triton where nothing speaks against it, else torch; a backend asked for by name is taken or
-raises. ``record()`` collects the choices made inside it, which is what ``gptfast.explain`` prints.
+and the reason it would not pay, or None. ``"auto"`` takes triton where nothing speaks against it, else torch; a backend
+asked for by name is taken or raises. ``record()`` collects the choices made, which is what ``gptfast.explain`` prints.
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+from torch import Tensor
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 
@@ -91,6 +93,19 @@ def record() -> Iterator[list[Choice]]:
         yield _log
     finally:
         _log = outer
+
+
+def check_floats(**tensors: Tensor | None) -> None:
+    """Raises unless the tensors, by their arguments' names, are floating point and on the first one's device."""
+    first = None
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {x.dtype}")
+        first = first or (name, x.device)
+        if x.device != first[1]:
+            raise ValueError(f"{name} is on {x.device}, but {first[0]} is on {first[1]}")
 
 
 def check_dropout(dropout_p: float) -> None:
