@@ -284,7 +284,8 @@ def _do(job: Job, channel) -> None:
 def _do_all(todo: list[Job]) -> dict[Job, dict[str, Any]]:
     """Every job in a forked process of its own, a few at a time."""
     fork = multiprocessing.get_context("fork")
-    waiting, running, done = list(reversed(todo)), [], {}
+    waiting, done = list(reversed(todo)), {}
+    running: list[Any] = []
     while waiting or running:
         while waiting and len(running) < PROCESSES:
             job = waiting.pop()
