@@ -68,6 +68,12 @@ def target(device: torch.device) -> str:
     return f"{found.backend}:{found.arch}"
 
 
+@functools.lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """How many blocks can run side by side, at least: what a persistent kernel sizes its grid by."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
 # with on(x): every launch inside goes to x's device, whichever is current. Nothing on a CPU.
 on = torch.cuda.device_of
 
@@ -79,3 +85,9 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def dot_precision(x: Tensor) -> str:
+    """``tl.dot``'s input_precision for x: IEEE float32, unless the user allowed TF32 through torch's own switch."""
+    allowed = x.is_cuda and not torch.version.hip and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
