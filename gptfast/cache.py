@@ -33,6 +33,8 @@ class KVCache:
         S = config.n_positions if max_length is None else max_length
         if not 0 < S <= config.n_positions:
             raise ValueError(f"max_length must be from 1 to n_positions = {config.n_positions}, got {max_length}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         shape = (config.n_layer, batch_size, S, config.n_head, config.n_embd // config.n_head)
         # zeros, not empty: a masked slot is multiplied by 0, and 0 * NaN is NaN
         self.k = torch.zeros(shape, dtype=dtype, device=device)

@@ -39,7 +39,7 @@ class OpenAIGPTConfig:
         kwargs: anything else becomes an attribute and is saved, as published config.json files need.
 
     Raises:
-        TypeError: a size is not an int. ValueError: a size is not positive, or a probability not in [0, 1].
+        TypeError: a size is not an int. ValueError: a size is not positive, or a probability not in [0, 1).
     """
 
     model_type = "openai-gpt"
@@ -101,6 +101,7 @@ class OpenAIGPTConfig:
         num_labels = kwargs.pop("num_labels", None)
         if id2label is None or (num_labels is not None and num_labels != len(id2label)):
             self.num_labels = 2 if num_labels is None else num_labels
+            self.label2id = label2id or self.label2id
         else:
             self.id2label = {int(i): label for i, label in id2label.items()}
             self.label2id = label2id or {label: i for i, label in self.id2label.items()}
@@ -119,8 +120,8 @@ class OpenAIGPTConfig:
                 raise ValueError(f"{name} must be positive, got {value}")
         for name in _PROBABILITIES:
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {value!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         object.__setattr__(self, _ALIASES.get(name, name), value)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .cache import KVCache
+from .inputs import check_ids, check_tensor
 
 
 class Streamer(Protocol):
@@ -165,11 +165,16 @@ class GenerationMixin:
             raise ValueError(f"top_p must be in (0, 1], got {top_p}")
         if seed is not None and generator is not None:
             raise ValueError("seed and generator cannot both be given")
+        vocab_size = self.config.vocab_size  # type: ignore[attr-defined]
+        if not 0 <= pad_token_id < vocab_size:
+            raise ValueError(f"pad_token_id must be from 0 to {vocab_size - 1}, got {pad_token_id}")
         lengths: int | Tensor = input_ids.shape[1]  # of each prompt without padding
         if mask is not None:
             lengths = mask.sum(1)
             if int(lengths.min()) == 0:
                 raise ValueError("attention_mask has a row without any token")
+            if use_cache and self.training:  # type: ignore[attr-defined]
+                raise ValueError("attention_mask leaves rows of different length: use_cache=True needs model.eval()")
             order = mask.long().argsort(dim=1, descending=True, stable=True)  # tokens first, in order, then padding
             input_ids = input_ids.gather(1, order)
         longest = int(lengths.max()) if isinstance(lengths, Tensor) else lengths
@@ -203,13 +208,16 @@ class GenerationMixin:
         B, T = ids.shape
         body, head = self.transformer, self.lm_head  # type: ignore[attr-defined]
         rows = torch.arange(B, device=ids.device)
-        weight = body.tokens_embed.weight
         cache = None
         if use_cache:
-            cache = KVCache(body.config, B, T + max_new_tokens, dtype=weight.dtype, device=weight.device)
+            cache = body.new_cache(B, T + max_new_tokens)
         running = torch.ones(B, dtype=torch.bool, device=ids.device)
 
-        hidden = body(ids, past_key_values=cache, return_dict=True).last_hidden_state
+        def run(ids: Tensor) -> Tensor:
+            settings = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
+            return body(ids, past_key_values=cache, use_cache=False, **settings).last_hidden_state
+
+        hidden = run(ids)
         for step in range(max_new_tokens):
             last = hidden[:, -1] if step and cache is not None else hidden[rows, lengths - 1]
             tokens = sample(head(last), **sampling)
@@ -224,19 +232,24 @@ class GenerationMixin:
             if cache is not None:
                 if step == 0:
                     cache.seqlens = lengths  # padding behind a row's prompt is overwritten
-                hidden = body(tokens[:, None], past_key_values=cache, return_dict=True).last_hidden_state
+                hidden = run(tokens[:, None])
             else:
                 ids = torch.cat([ids, torch.zeros_like(ids[:, :1])], 1)
                 ids[rows, lengths] = tokens
                 lengths = lengths + 1
-                hidden = body(ids, return_dict=True).last_hidden_state
+                hidden = run(ids)
 
     def _check_prompt(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         """The mask as bool [B, T], or None where nothing is masked."""
-        if input_ids.ndim != 2:
-            raise ValueError(f"input_ids must be [B, T], got shape {list(input_ids.shape)}")
+        check_tensor("input_ids", input_ids)
+        if input_ids.ndim != 2 or 0 in input_ids.shape:
+            raise ValueError(
+                f"input_ids must be [B, T] with at least one row and one position, got shape {list(input_ids.shape)}"
+            )
+        check_ids("input_ids", input_ids, self.config.vocab_size)  # type: ignore[attr-defined]
         if attention_mask is None:
             return None
+        check_tensor("attention_mask", attention_mask)
         if attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask must be {list(input_ids.shape)}, the shape of input_ids, "

@@ -3,7 +3,10 @@
 Shapes: B batch, N choices, T positions, C width, V vocabulary, L labels.
 """
 
+import functools
+import math
 import warnings
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from .cache import KVCache
 from .config import OpenAIGPTConfig
 from .generation import GenerationMixin
+from .inputs import check_labels, check_logits_to_keep, check_tensor, text_shape
 from .model import OpenAIGPTModel
 from .outputs import CausalLMOutput, OpenAIGPTDoubleHeadsModelOutput, SequenceClassifierOutput
 from .pretrained import OpenAIGPTPreTrainedModel
@@ -22,17 +26,6 @@ def _make_lm_head(config: OpenAIGPTConfig) -> nn.Linear:
     # a tied weight is the token table: nothing to allocate
     device = "meta" if config.tie_word_embeddings else None
     return nn.Linear(config.n_embd, config.vocab_size, bias=False, device=device)
-
-
-def _check_labels(name: str, labels: Tensor, shape: torch.Size, size: int, ignore_index: int = -100) -> None:
-    if labels.shape != shape:
-        raise ValueError(f"{name} must have shape {list(shape)}, got {list(labels.shape)}")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64, got {labels.dtype}")
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        bad = labels[(labels != ignore_index) & ((labels < 0) | (labels >= size))]
-        if bad.numel():
-            raise ValueError(f"{name} contains {int(bad[0])}, accepted are 0 to {size - 1} and {ignore_index}")
 
 
 class OpenAIGPTLMHeadModel(OpenAIGPTPreTrainedModel, GenerationMixin):
@@ -86,19 +79,15 @@ class OpenAIGPTLMHeadModel(OpenAIGPTPreTrainedModel, GenerationMixin):
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         targets = labels if shift_labels is None else shift_labels
+        shape = text_shape(input_ids, inputs_embeds)
+        if shape:
+            check_logits_to_keep(logits_to_keep, shape)
         if targets is not None:
             if not isinstance(logits_to_keep, int) or logits_to_keep:
                 raise ValueError(f"logits_to_keep cannot go with labels, got {logits_to_keep!r}")
-            x = input_ids if input_ids is not None else inputs_embeds
-            if x is not None:
-                shape = x.shape if input_ids is not None else x.shape[:-1]
-                _check_labels(
-                    "labels" if shift_labels is None else "shift_labels",
-                    targets,
-                    shape,
-                    self.config.vocab_size,
-                    ignore_index,
-                )
+            name = "labels" if shift_labels is None else "shift_labels"
+            if shape is not None:
+                check_labels(name, targets, shape, self.lm_head.out_features, ignore_index)
 
         outputs = self.transformer(
             input_ids,
@@ -138,15 +127,36 @@ class OpenAIGPTLMHeadModel(OpenAIGPTPreTrainedModel, GenerationMixin):
 def _keep(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     """The positions of ``hidden`` [..., T, C] whose logits are wanted."""
     if isinstance(logits_to_keep, int):
-        if logits_to_keep < 0:
-            raise ValueError(f"logits_to_keep must be >= 0, got {logits_to_keep}")
         return hidden[..., -logits_to_keep:, :] if logits_to_keep else hidden
-    if logits_to_keep.dtype == torch.bool:
-        return hidden[logits_to_keep]
     if logits_to_keep.ndim == 1:
         return hidden[..., logits_to_keep, :]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden[logits_to_keep]
     rows = torch.arange(len(hidden), device=hidden.device)[:, None]
     return hidden[rows, logits_to_keep]
+
+
+_tanh_gelu = functools.partial(nn.GELU, approximate="tanh")
+# summary_activation, by transformers' names
+SUMMARY_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_accurate": _tanh_gelu,
+    "gelu_fast": _tanh_gelu,
+    "gelu_new": _tanh_gelu,
+    "gelu_python": nn.GELU,
+    "gelu_python_tanh": _tanh_gelu,
+    "gelu_pytorch_tanh": _tanh_gelu,
+    "hardswish": nn.Hardswish,
+    "leaky_relu": nn.LeakyReLU,
+    "linear": nn.Identity,
+    "mish": nn.Mish,
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "sigmoid": nn.Sigmoid,
+    "silu": nn.SiLU,
+    "swish": nn.SiLU,
+    "tanh": nn.Tanh,
+}
 
 
 class SequenceSummary(nn.Module):
@@ -154,6 +164,7 @@ class SequenceSummary(nn.Module):
 
     def __init__(self, config: OpenAIGPTConfig):
         super().__init__()
+        self.n_embd = config.n_embd
         self.summary_type = config.summary_type
         if self.summary_type not in ("last", "first", "mean", "cls_index"):
             raise NotImplementedError(
@@ -161,8 +172,11 @@ class SequenceSummary(nn.Module):
             )
         out_features = config.num_labels if config.summary_proj_to_labels and config.num_labels > 0 else config.n_embd
         self.summary = nn.Linear(config.n_embd, out_features) if config.summary_use_proj else nn.Identity()
-        self.activation = _activation(config.summary_activation)
-        self.first_dropout = nn.Dropout(config.summary_first_dropout or 0.0)
+        activation = config.summary_activation or "linear"
+        if activation not in SUMMARY_ACTIVATIONS:
+            raise KeyError(f"summary_activation must be one of {', '.join(SUMMARY_ACTIVATIONS)}, got {activation!r}")
+        self.activation = SUMMARY_ACTIVATIONS[activation]()
+        self.first_dropout = nn.Dropout(config.summary_first_dropout)
         self.last_dropout = nn.Dropout(getattr(config, "summary_last_dropout", None) or 0.0)
 
     def forward(self, hidden_states: Tensor, cls_index: Tensor | None) -> Tensor:
@@ -180,16 +194,11 @@ class SequenceSummary(nn.Module):
             x = hidden_states.gather(-2, index).squeeze(-2)
         return self.last_dropout(self.activation(self.summary(self.first_dropout(x))))
 
-
-def _activation(name: str | None) -> nn.Module:
-    activations = {"tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU, "swish": nn.SiLU, "sigmoid": nn.Sigmoid}
-    if not name:
-        return nn.Identity()
-    if name in ("gelu", "gelu_new"):
-        return nn.GELU(approximate="tanh" if name == "gelu_new" else "none")
-    if name not in activations:
-        raise KeyError(f"summary_activation must be one of gelu, gelu_new, {', '.join(activations)}, got {name!r}")
-    return activations[name]()
+    def output_shape(self, shape: torch.Size) -> tuple[int, ...]:
+        """Shape of what ids of ``shape`` [..., T] come to, without a last dimension of 1."""
+        pooled = shape[:-1] if self.summary_type == "cls_index" else (shape[0], *shape[2:])
+        width = self.summary.out_features if isinstance(self.summary, nn.Linear) else self.n_embd
+        return (*pooled, width) if width > 1 else tuple(pooled)
 
 
 class OpenAIGPTDoubleHeadsModel(OpenAIGPTPreTrainedModel):
@@ -239,16 +248,16 @@ class OpenAIGPTDoubleHeadsModel(OpenAIGPTPreTrainedModel):
             ValueError, TypeError: an argument of the wrong shape, dtype or range, before anything is computed.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        x = input_ids if input_ids is not None else inputs_embeds
-        if x is not None:
-            shape = x.shape if input_ids is not None else x.shape[:-1]
+        shape = text_shape(input_ids, inputs_embeds)
+        if shape:
             if mc_token_ids is not None:
-                _check_labels("mc_token_ids", mc_token_ids, shape[:-1], shape[-1], ignore_index=0)
+                check_labels("mc_token_ids", mc_token_ids, shape[:-1], shape[-1], ignore_index=None)
             if labels is not None:
-                _check_labels("labels", labels, shape, self.config.vocab_size)
+                check_labels("labels", labels, shape, self.lm_head.out_features)
             if mc_labels is not None:
-                choices = shape[1] if len(shape) > 2 else shape[0]
-                _check_labels("mc_labels", mc_labels.flatten(), torch.Size([shape[:-1].numel() // choices]), choices)
+                *rows, choices = self.multiple_choice_head.output_shape(shape) or (1,)
+                check_tensor("mc_labels", mc_labels)
+                check_labels("mc_labels", mc_labels.flatten(), (math.prod(rows),), choices)
 
         outputs = self.transformer(
             input_ids,
@@ -320,11 +329,14 @@ class OpenAIGPTForSequenceClassification(OpenAIGPTPreTrainedModel):
             ValueError: more than one row without ``config.pad_token_id``; or an argument of the wrong shape or range.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        x = input_ids if input_ids is not None else inputs_embeds
-        if x is not None and self.config.pad_token_id is None and x.shape[0] != 1:
-            raise ValueError("Cannot handle batch sizes > 1 if no padding token is defined.")
-        if labels is not None and x is not None:
-            self._check_labels(labels, x.shape[0])
+        shape = text_shape(input_ids, inputs_embeds)
+        if shape is not None:
+            if len(shape) != 2:
+                raise ValueError(f"input_ids must be [B, T], got shape {list(shape)}")
+            if self.config.pad_token_id is None and shape[0] != 1:
+                raise ValueError("Cannot handle batch sizes > 1 if no padding token is defined.")
+            if labels is not None:
+                self._check_labels(labels, shape[0])
 
         outputs = self.transformer(
             input_ids,
@@ -355,14 +367,10 @@ class OpenAIGPTForSequenceClassification(OpenAIGPTPreTrainedModel):
 
         loss = None
         if labels is not None:
-            if self.config.problem_type == "regression":
-                loss = (
-                    F.mse_loss(logits.squeeze(), labels.squeeze())
-                    if self.num_labels == 1
-                    else F.mse_loss(logits, labels)
-                )
-            elif self.config.problem_type == "single_label_classification":
-                loss = F.cross_entropy(logits, labels.view(-1))
+            if self.config.problem_type == "single_label_classification":
+                loss = F.cross_entropy(logits, labels.flatten())
+            elif self.config.problem_type == "regression":
+                loss = F.mse_loss(logits, labels.view_as(logits))
             else:
                 loss = F.binary_cross_entropy_with_logits(logits, labels)
         output = SequenceClassifierOutput(
@@ -371,21 +379,24 @@ class OpenAIGPTForSequenceClassification(OpenAIGPTPreTrainedModel):
         return output if return_dict else output.to_tuple()
 
     def _check_labels(self, labels: Tensor, B: int) -> None:
-        config = self.config
-        if config.problem_type is None:
-            if self.num_labels == 1:
-                config.problem_type = "regression"
-            elif labels.dtype in (torch.int64, torch.int32):
-                config.problem_type = "single_label_classification"
-            else:
-                config.problem_type = "multi_label_classification"
-        if config.problem_type == "single_label_classification":
-            _check_labels("labels", labels.view(-1), torch.Size([B]), self.num_labels)
-        elif config.problem_type in ("regression", "multi_label_classification"):
-            if labels.numel() != B * self.num_labels:
-                raise ValueError(f"labels must be [{B}, {self.num_labels}], got shape {list(labels.shape)}")
+        """Raises unless ``labels`` fit ``config.problem_type``, which is set here where it is None."""
+        check_tensor("labels", labels)
+        config, L = self.config, self.num_labels
+        kind = config.problem_type
+        if kind is None:
+            integers = labels.dtype in (torch.int64, torch.int32)
+            kind = "single_label_classification" if integers else "multi_label_classification"
+            kind = "regression" if L == 1 else kind
+        if kind == "single_label_classification":
+            check_labels("labels", labels.flatten(), (B,), L)
+        elif kind in ("regression", "multi_label_classification"):
+            if labels.shape not in ((B, L), (B,) if L == 1 else (B, L)):
+                raise ValueError(f"labels must be [{B}, {L}] for {kind}, got shape {list(labels.shape)}")
+            if not labels.is_floating_point():
+                raise TypeError(f"labels must be floating point for {kind}, got {labels.dtype}")
         else:
             raise ValueError(
                 "config.problem_type must be regression, single_label_classification or multi_label_classification, "
-                f"got {config.problem_type!r}"
+                f"got {kind!r}"
             )
+        config.problem_type = kind

@@ -9,7 +9,6 @@ Names, arguments, outputs and ``state_dict`` keys are HuggingFace's.
 Shapes: B batch, T new positions, S all positions with the cached ones, H heads, D head dim, C = H * D width.
 """
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,16 +26,16 @@ from gptfast_kernels import (
     linear_gelu,
 )
 from gptfast_kernels.attention import attention_reference
+from gptfast_kernels.projection import linear_dtype
 
 from .cache import KVCache
 from .config import OpenAIGPTConfig
+from .inputs import check_cache, check_head_mask, check_position_ids, check_text, key_padding_mask
 from .outputs import BaseModelOutput
 from .pretrained import OpenAIGPTPreTrainedModel
 
 GELU_FORMS = {"gelu": "tanh", "gelu_new": "tanh", "gelu_erf": "none"}
 OTHER_ACTIVATIONS = {"relu": F.relu, "silu": F.silu, "swish": F.silu}
-
-CHECK_IDS_ON_GPU = os.environ.get("GPTFAST_CHECK_IDS") == "1"  # reads the ids back: a synchronisation a forward pass
 
 
 class Conv1D(nn.Module):
@@ -59,6 +58,7 @@ class AttentionContext:
     head_mask: Tensor | None  # [n_layer, H], factors
     cache: KVCache | None
     output_attentions: bool
+    inference: bool  # no dropout, no gradient
 
 
 class Attention(nn.Module):
@@ -77,10 +77,11 @@ class Attention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         dropout_p = self.dropout_p if self.training else 0.0
         cache, padding, probs = context.cache, context.key_padding_mask, None
+        a: Any
 
         if cache is None and not context.output_attentions:
             a = flash_attention_qkvpacked(qkv, key_padding_mask=padding, dropout_p=dropout_p)
-        elif cache is not None and padding is None and not context.output_attentions:
+        elif cache is not None and padding is None and not context.output_attentions and context.inference:
             q, k, v = qkv.unbind(2)
             a = flash_attention_with_kvcache(q, *cache.layer(layer), k, v, cache_seqlens=cache.seqlens)
         else:
@@ -94,19 +95,26 @@ class Attention(nn.Module):
 
         if context.head_mask is not None:
             factor = context.head_mask[layer]
-            a = a * factor[:, None]
-            probs = None if probs is None else probs * factor[:, None, None]
+            if probs is None:
+                a = a * factor[:, None]
+            else:  # the weights that are returned must be those that are computed with
+                probs = probs * factor[:, None, None]
+                v = v if padding is None else v.masked_fill(~padding[:, :, None, None], 0.0)
+                a = (probs @ v.transpose(1, 2)).transpose(1, 2)
         return self.c_proj(a.reshape(B, T, C)), probs
 
 
 def _append(cache: KVCache, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Writes k and v [B, T, H, D] behind what the cache holds; returns all of the row, [B, S, H, D]."""
     assert isinstance(cache.seqlens, int)
-    end = cache.seqlens + k.shape[1]
+    start, end = cache.seqlens, cache.seqlens + k.shape[1]
     k_cache, v_cache = cache.layer(layer)
-    k_cache[:, cache.seqlens : end] = k
-    v_cache[:, cache.seqlens : end] = v
-    return k_cache[:, :end], v_cache[:, :end]
+    k_cache[:, start:end] = k.detach()
+    v_cache[:, start:end] = v.detach()
+    if not k.requires_grad:
+        return k_cache[:, :end], v_cache[:, :end]
+    # a gradient flows to the new positions; it needs a copy, since later layers and steps write to the cache
+    return torch.cat([k_cache[:, :start], k], 1), torch.cat([v_cache[:, :start], v], 1)
 
 
 class MLP(nn.Module):
@@ -185,12 +193,14 @@ class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
             input_ids: int32 or int64 [B, T] (or [T], or [B, choices, T]), each in [0, vocab_size).
             attention_mask: [B, T], 1 for positions to attend to; any dtype. With a cache, [B, cached + T]. It does not
                 change positions. A query that sees no key attends to nothing.
-            token_type_ids: like ``input_ids``; rows of the token table that are added.
-            position_ids: [B, T], [1, T] or [T], each in [0, n_positions); counted from the cached length if None.
+            token_type_ids: like ``input_ids``, or one row for all; rows of the token table that are added.
+            position_ids: [B, T], [1, T] or [T], each in [0, n_positions); counted from the cached length if None. With
+                ``input_ids`` [B, choices, T], B counts every choice here and in ``attention_mask``, or the shape is
+                theirs.
             inputs_embeds: [B, T, C] in place of ``input_ids``.
             output_attentions, output_hidden_states, return_dict: the config's if None.
             head_mask: [H] or [n_layer, H], factors on each head's attention weights.
-            past_key_values: a cache to read and to append to. No gradient flows into it.
+            past_key_values: a cache to read and to append to. No gradient flows to what it holds already.
             use_cache: return a cache, made here if none is given; the config's if None.
 
         Returns:
@@ -205,29 +215,36 @@ class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
         return_dict = config.return_dict if return_dict is None else return_dict
         use_cache = (config.use_cache and not self.training) if use_cache is None else use_cache
 
-        shape = self._check_inputs(input_ids, inputs_embeds, token_type_ids, past_key_values)
+        tokens = self.tokens_embed.weight
+        shape = check_text(input_ids, inputs_embeds, token_type_ids, tokens, config.n_positions)
         T = shape[-1]
         B = shape[:-1].numel()
+        position_ids = check_position_ids(position_ids, shape, config.n_positions)
+        head_mask = check_head_mask(head_mask, config, tokens.dtype)
+        inference = not (self.training or torch.is_grad_enabled())
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         cache = past_key_values
-        if cache is None and use_cache:
-            cache = KVCache(config, B, dtype=self.tokens_embed.weight.dtype, device=self.tokens_embed.weight.device)
-        if position_ids is None and cache is not None:
-            steps = torch.arange(T, device=cache.k.device)
-            position_ids = (
-                cache.seqlens[:, None] + steps if isinstance(cache.seqlens, Tensor) else cache.seqlens + steps
-            )
-        elif position_ids is not None:
-            position_ids = self._check_position_ids(position_ids, B, T)
-        context = AttentionContext(
-            self._key_padding_mask(attention_mask, B, T, cache), self._head_mask(head_mask), cache, output_attentions
-        )
+        held: int | Tensor = 0  # positions in the cache
+        if recompute and (cache is not None or use_cache):
+            raise ValueError("use_cache=True and past_key_values cannot go with gradient checkpointing")
+        if cache is not None:
+            may_be_ragged = inference and attention_mask is None and not output_attentions
+            check_cache(cache, config, shape, linear_dtype(tokens), may_be_ragged)
+            held = cache.seqlens
+        padding = key_padding_mask(attention_mask, shape, held)
 
+        if cache is None and use_cache:
+            cache = self.new_cache(B)
+        if position_ids is None and cache is not None:
+            steps = torch.arange(T, device=tokens.device)
+            position_ids = held[:, None] + steps if isinstance(held, Tensor) else held + steps
+        context = AttentionContext(padding, head_mask, cache, output_attentions, inference)
         x = self._embed(input_ids, inputs_embeds, token_type_ids, position_ids, B, T)
         hidden_states, attentions = [], []
         for layer, block in enumerate(self.h):
             if output_hidden_states:
                 hidden_states.append(x)
-            if self.gradient_checkpointing and self.training:
+            if recompute:
                 x, probs = checkpoint(block, x, context, layer, **self.checkpoint_kwargs)
             else:
                 x, probs = block(x, context, layer)
@@ -245,9 +262,14 @@ class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
         )
         return output if return_dict else output.to_tuple()
 
+    def new_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
+        """An empty cache for this model, in the dtype that its keys have: autocast's where that is on."""
+        weight = self.tokens_embed.weight
+        return KVCache(self.config, batch_size, max_length, dtype=linear_dtype(weight), device=weight.device)
+
     def _embed(self, input_ids, inputs_embeds, token_type_ids, position_ids, B, T) -> Tensor:  # [B, T, C]
         dropout_p = self.config.embd_pdrop if self.training else 0.0
-        types = None if token_type_ids is None else token_type_ids.reshape(B, T)
+        types = None if token_type_ids is None else token_type_ids.reshape(-1, T).expand(B, T)
         tokens, positions = self.tokens_embed.weight, self.positions_embed.weight
         if inputs_embeds is None:
             return embedding(
@@ -261,84 +283,3 @@ class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
         x = inputs_embeds + (positions[:T] if position_ids is None else F.embedding(position_ids, positions))
         x = x if types is None else x + F.embedding(types, tokens)
         return F.dropout(x, dropout_p) if dropout_p else x
-
-    # -- what comes in ------------------------------------------------------------------------------------------
-
-    def _check_inputs(self, input_ids, inputs_embeds, token_type_ids, cache) -> torch.Size:
-        """The shape of the ids, [..., T]."""
-        if input_ids is not None and inputs_embeds is not None:
-            raise ValueError("You cannot specify both input_ids and inputs_embeds at the same time")
-        if input_ids is not None:
-            shape, name = input_ids.shape, "input_ids"
-            if not shape:
-                raise ValueError("input_ids must have at least one dimension, got a scalar")
-        elif inputs_embeds is not None:
-            if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.config.n_embd:
-                raise ValueError(
-                    f"inputs_embeds must be [B, T, {self.config.n_embd}], got shape {list(inputs_embeds.shape)}"
-                )
-            shape, name = inputs_embeds.shape[:-1], "inputs_embeds"
-        else:
-            raise ValueError("You have to specify either input_ids or inputs_embeds")
-        if 0 in shape:
-            raise ValueError(f"{name} must hold at least one row and one position, got shape {list(shape)}")
-        B, T, held = shape[:-1].numel(), shape[-1], 0
-        if cache is not None:
-            if cache.batch_size != B:
-                raise ValueError(f"past_key_values holds {cache.batch_size} rows, {name} has {B}")
-            if isinstance(cache.seqlens, int) or cache.k.device.type == "cpu":
-                held = cache.get_seq_length()
-            if held + T > cache.max_length:
-                raise ValueError(f"{name} has {T} positions, past_key_values room for {cache.max_length - held}")
-        if held + T > self.config.n_positions:
-            raise ValueError(f"{name} has {T} positions, accepted are at most n_positions = {self.config.n_positions}")
-        if input_ids is not None:
-            check_ids("input_ids", input_ids, self.config.vocab_size)
-        if token_type_ids is not None:
-            if token_type_ids.numel() != B * T or token_type_ids.shape[-1] != T:
-                raise ValueError(f"token_type_ids must be {list(shape)}, got shape {list(token_type_ids.shape)}")
-            check_ids("token_type_ids", token_type_ids, self.config.vocab_size)
-        return shape
-
-    def _check_position_ids(self, position_ids: Tensor, B: int, T: int) -> Tensor:
-        if position_ids.shape not in ((T,), (1, T), (B, T)) and position_ids.numel() != B * T:
-            raise ValueError(
-                f"position_ids must be [{B}, {T}], [1, {T}] or [{T}], got shape {list(position_ids.shape)}"
-            )
-        check_ids("position_ids", position_ids, self.config.n_positions)
-        return position_ids.view(-1, T)
-
-    @staticmethod
-    def _key_padding_mask(attention_mask: Tensor | None, B: int, T: int, cache: KVCache | None) -> Tensor | None:
-        if attention_mask is None:
-            return None
-        if cache is not None and isinstance(cache.seqlens, Tensor):
-            raise ValueError("attention_mask cannot go with past_key_values whose rows differ in length")
-        S = T if cache is None else cache.get_seq_length() + T
-        if attention_mask.shape[-1:] != (S,) or attention_mask.numel() != B * S:
-            raise ValueError(f"attention_mask must be [{B}, {S}], got shape {list(attention_mask.shape)}")
-        mask = attention_mask.reshape(B, S) >= 1
-        # all ones is what a tokenizer sends for a batch without padding; looking costs a GPU a synchronisation
-        if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all()):
-            return None
-        return mask
-
-    def _head_mask(self, head_mask: Tensor | None) -> Tensor | None:
-        if head_mask is None:
-            return None
-        L, H = self.config.n_layer, self.config.n_head
-        if head_mask.shape not in ((H,), (L, H)):
-            raise ValueError(f"head_mask must be [{H}] or [{L}, {H}], got shape {list(head_mask.shape)}")
-        return head_mask.to(self.tokens_embed.weight.dtype).expand(L, H)
-
-
-def check_ids(name: str, ids: Tensor, size: int) -> None:
-    """Raises unless ``ids`` are integers in [0, size). On a GPU the range is checked only under GPTFAST_CHECK_IDS=1;
-    without it an id out of range is a device-side assertion, as in torch.nn.Embedding."""
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be int32 or int64, got {ids.dtype}")
-    if torch.compiler.is_compiling() or not (ids.device.type == "cpu" or CHECK_IDS_ON_GPU):
-        return
-    low, high = torch.aminmax(ids)
-    if low < 0 or high >= size:
-        raise ValueError(f"{name} contains {int(low if low < 0 else high)}, accepted are 0 to {size - 1}")

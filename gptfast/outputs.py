@@ -14,7 +14,7 @@ from .cache import KVCache
 class ModelOutput:
     """Base of the output dataclasses. A value that is None counts as absent."""
 
-    def __init_subclass__(cls) -> None:  # so that torch.compile, export and DataParallel see through an output
+    def __init_subclass__(cls) -> None:  # so that torch.compile and torch.export see through an output
         _pytree.register_pytree_node(
             cls,
             lambda output: (list(output.values()), list(output.keys())),

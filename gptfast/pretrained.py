@@ -4,7 +4,7 @@ import os
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .config import OpenAIGPTConfig
 
@@ -126,7 +126,7 @@ class OpenAIGPTPreTrainedModel(nn.Module):
         return new
 
     @torch.no_grad()
-    def _resized(self, weight: nn.Parameter, n: int, mean_resizing: bool) -> nn.Parameter:
+    def _resized(self, weight: Tensor, n: int, mean_resizing: bool) -> nn.Parameter:
         rows = weight.new_empty(n, weight.shape[1])
         kept = min(n, len(weight))
         rows[:kept] = weight[:kept]
