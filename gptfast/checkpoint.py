@@ -14,9 +14,11 @@ do not fit the model. Each names the file.
 import copy
 import json
 import logging
+import math
 import os
 import pickle
 import re
+import struct
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .config import CONFIG_NAME
 from .convert import from_tensorflow, read_json, read_openai_npy, read_tensorflow_h5
@@ -58,6 +61,7 @@ _UNPICKLING_ERRORS = (
     RuntimeError,
     TypeError,
     ValueError,
+    struct.error,
 )
 
 
@@ -94,7 +98,7 @@ def resolve_files(
         return dict(list(found.items())[:1]) if first_only else found
 
     name = str(name_or_path)
-    if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or set(name) <= {"."}:
+    if folder.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise OSError(f"{name} is not a folder; accepted are a folder and a Hub name like openai-community/openai-gpt")
     try:
         from huggingface_hub import hf_hub_download
@@ -164,8 +168,7 @@ def read_state_dict(
         raise OSError(f"{name_or_path} has no weights; looked for {', '.join(weights)}")
     (filename, path), *_ = files.items()
     if filename == OPENAI:
-        names = [f"params_{n}.npy" for n in range(10)]
-        parts = resolve_files(name_or_path, names, **hub)
+        parts = _resolve_all(name_or_path, [f"params_{n}.npy" for n in range(10)], path, **hub)
         return read_openai_npy(path, list(parts.values())), path
     if filename.endswith(INDEX):
         return _read_shards(name_or_path, path, **hub), path
@@ -180,10 +183,7 @@ def _read_shards(name_or_path: str | os.PathLike, index: Path, **hub: Any) -> di
     for name in names:
         if Path(name).name != name or "\\" in name:
             raise ValueError(f"{index} points at {name!r}, outside its own folder: refused")
-    files = resolve_files(name_or_path, names, **hub)
-    absent = [name for name in names if name not in files]
-    if absent:
-        raise OSError(f"{index} lists {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not there")
+    files = _resolve_all(name_or_path, names, index, **hub)
     count = re.search(r"-of-(\d+)\.\w+$", names[0]) if names else None
     if count and int(count[1]) != len(names):
         raise ValueError(f"{index} lists {len(names)} of {int(count[1])} shards")
@@ -197,6 +197,16 @@ def _read_shards(name_or_path: str | os.PathLike, index: Path, **hub: Any) -> di
             raise ValueError(f"{path} lacks {', '.join(lost)}, which {index.name} says it has")
         state_dict.update((key, shard[key]) for key in keys)
     return state_dict
+
+
+def _resolve_all(
+    name_or_path: str | os.PathLike, filenames: Sequence[str], wanted_by: Path, **hub: Any
+) -> dict[str, Path]:
+    files = resolve_files(name_or_path, filenames, **hub)
+    absent = [name for name in filenames if name not in files]
+    if absent:
+        raise OSError(f"{wanted_by} needs {', '.join(absent)} beside it: not there")
+    return files
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
@@ -357,8 +367,8 @@ def load_pretrained(
             accepted, or a file is damaged or refused. OSError: a file is not there. RuntimeError: weights do not fit
             the model.
     """
-    if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
-        raise ValueError(f"dtype={dtype} and torch_dtype={torch_dtype} differ; give one")
+    if dtype is not None and torch_dtype is not None:
+        raise ValueError(f"dtype={dtype} and torch_dtype={torch_dtype} are one argument; give one")
     target_dtype = _dtype("dtype", torch_dtype if dtype is None else dtype)
     target_device = _device(device, device_map)
     hub = {
@@ -383,7 +393,7 @@ def load_pretrained(
         first = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
         target_dtype = _dtype(f"{name_or_path}'s dtype", saved) or _dtype(f"{source}'s dtype", first)
 
-    with torch.device("meta"):
+    with torch.device("meta"), _SkipInit():
         model = cls(config)
     if next(model.buffers(), None) is not None:  # a subclass's; their values come from its constructor
         model = cls(config)
@@ -467,17 +477,33 @@ def _config(cls: type, name_or_path: Any, config: Any, overrides: Mapping[str, A
     return type(config).from_dict(config.to_dict(), **overrides) if overrides else copy.deepcopy(config)
 
 
+class _SkipInit(TorchFunctionMode):
+    """torch.nn.init does nothing: on meta there is nothing to fill, and torch imports its compiler to find that out."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def _initialize(model: nn.Module, keys: Iterable[str]) -> None:
-    """Draws the weights under ``keys`` of a meta model as its constructor would; the others stay on meta."""
+    """Draws a meta model's weights under ``keys`` as its constructor would; the others stay on meta."""
     keys = set(keys)
     for path, module in model.named_modules():
         names = [name for name, _ in module.named_parameters(recurse=False) if f"{path}.{name}".lstrip(".") in keys]
         for name in names:
             parameter = module.get_parameter(name)
-            blank = torch.empty_like(parameter, device="cpu")
+            blank = torch.full_like(parameter, math.nan, device="cpu")
             setattr(module, name, nn.Parameter(blank, requires_grad=parameter.requires_grad))
         if names:
             model._init_weights(module)  # type: ignore[operator]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    left = [key for key in keys & parameters.keys() if parameters[key].isnan().any()]
+    if left:  # a subclass's, which only its constructor knows how to fill
+        fresh = type(model)(model.config)
+        for key in left:
+            parameters[key].data.copy_(fresh.get_parameter(key))
 
 
 def _report(model: str, source: str, match: _Match) -> None:

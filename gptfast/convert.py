@@ -10,6 +10,7 @@ numbers TensorFlow gave.
 
 import json
 import math
+import tokenize
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,16 +55,14 @@ def read_tensorflow_h5(path: Path) -> dict[str, Tensor]:
         raise ImportError(f'{path} needs h5py: pip install "gptfast-kernels[convert]"') from error
     try:
         with h5py.File(path, "r") as file:
-            datasets: dict[str, Any] = {}
-            file.visititems(
-                lambda name, item: datasets.update({name: item}) if isinstance(item, h5py.Dataset) else None
-            )
+            items: dict[str, Any] = {}
+            file.visititems(items.__setitem__)  # follows no link
             state_dict = {}
             for layer in _names(file, "layer_names"):
-                for variable in _names(file[layer], "weight_names"):
-                    dataset = datasets[f"{layer}/{variable}"]
-                    if dataset.is_virtual or dataset.external:
-                        raise ValueError(f"{dataset.name} is stored in another file")
+                for variable in _names(items[layer], "weight_names"):
+                    dataset = items[f"{layer}/{variable}"]
+                    if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
+                        raise ValueError(f"{dataset.name} is not an array stored in this file")
                     key, tensor = from_tensorflow(variable.partition("/")[2], torch.from_numpy(dataset[()]))
                     state_dict[key] = tensor
     except KeyError as error:
@@ -99,7 +98,7 @@ def read_openai_npy(shapes_file: Path, parts: Sequence[Path]) -> dict[str, Tenso
 
     Args:
         shapes_file: params_shapes.json, a list of shapes: positions, tokens, then 12 a block.
-        parts: params_0.npy, params_1.npy, …, in order.
+        parts: params_0.npy to params_9.npy.
     """
     shapes = read_json(shapes_file, list)
     if len(shapes) < 2 or (len(shapes) - 2) % len(_OPENAI_BLOCK):
@@ -119,10 +118,8 @@ def read_openai_npy(shapes_file: Path, parts: Sequence[Path]) -> dict[str, Tenso
     sizes = [math.prod(shape) for shape in shapes]
     held = sum(array.size for array in arrays)
     if held != sum(sizes):
-        names = (
-            f"{parts[0]} to {parts[-1].name} hold" if parts else f"{shapes_file.parent} has no params_0.npy: it holds"
-        )
-        raise ValueError(f"{names} {held:,} numbers, {shapes_file.name} describes {sum(sizes):,}")
+        files = f"{parts[0]} to {parts[-1].name}"
+        raise ValueError(f"{files} hold {held:,} numbers, {shapes_file.name} describes {sum(sizes):,}")
     tensors = torch.from_numpy(np.concatenate(arrays, dtype=np.float32)).split(sizes)
     # the leading 1 of a convolution's weight, [1, in, out], goes
     return {key: t.view(shape[-2:]) for key, t, shape in zip(keys, tensors, shapes, strict=True)}
@@ -133,7 +130,7 @@ def _read_npy(path: Path) -> np.ndarray:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (FileNotFoundError, PermissionError):
         raise
-    except (EOFError, OSError, SyntaxError, ValueError) as error:
+    except (EOFError, OSError, SyntaxError, ValueError, tokenize.TokenError) as error:
         raise ValueError(f"{path} is damaged, or not a .npy of plain numbers: {error}") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
         raise ValueError(f"{path} must hold an array of floats, got {getattr(array, 'dtype', type(array).__name__)}")
