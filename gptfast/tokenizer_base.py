@@ -212,6 +212,8 @@ class TokenizerBase(ABC):
         for name, side in (("padding_side", padding_side), ("truncation_side", truncation_side)):
             if side not in ("right", "left"):
                 raise ValueError(f"{name}={side!r} must be 'right' or 'left'")
+        if model_max_length is not None and not (isinstance(model_max_length, (int, float)) and model_max_length >= 1):
+            raise ValueError(f"{model_max_length=} must be a positive number or None")
         self.encoder = vocab
         self.decoder = {index: token for token, index in vocab.items()}
         self.merges = merges
@@ -229,7 +231,7 @@ class TokenizerBase(ABC):
         self.additional_special_tokens = [AddedToken.of(token).content for token in extra]
 
         for index, token in sorted((int(i), AddedToken.of(token)) for i, token in (added_tokens_decoder or {}).items()):
-            self._register(token, index)
+            self._register(self._stored(token), index)
         self.add_tokens([token for token in (*given, *extra) if token is not None], special_tokens=True)
 
     # --- text to tokens: the subclass
@@ -247,6 +249,9 @@ class TokenizerBase(ABC):
         self, first: Any, second: Any, keep: tuple[int, int], add_special_tokens: bool
     ) -> tuple[dict[str, Any], Any]:
         """Cut both to `keep` tokens and join them: (columns, Encoding or None)."""
+
+    def _pad_encoding(self, encoding: Any, length: int, side: str) -> None:  # noqa: B027
+        """Pad the Rust library's record as its row was padded."""
 
     @abstractmethod
     def decode(
@@ -268,7 +273,7 @@ class TokenizerBase(ABC):
         return {**self.encoder, **self._added_ids}
 
     def __len__(self) -> int:
-        return len(self.encoder.keys() | self._added_ids.keys())
+        return len(self.encoder) + sum(token not in self.encoder for token in self._added_ids)
 
     def __repr__(self) -> str:
         return (
@@ -279,10 +284,10 @@ class TokenizerBase(ABC):
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
         """An int for a string, a list for a list; unk_token's id for what is not in the vocabulary."""
         if isinstance(tokens, str):
-            index = self._added_ids.get(tokens)
-            unknown = self.encoder.get(self._special["unk_token"] or "")
-            return self.encoder.get(tokens, unknown) if index is None else index
-        return [self.convert_tokens_to_ids(token) for token in tokens]
+            index = self._id_of(tokens)
+            return self._id_of(self.unk_token or "") if index is None else index
+        ids = {token: self.convert_tokens_to_ids(token) for token in set(tokens)}
+        return [ids[token] for token in tokens]
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
         """A string for an int, a list for a list; unk_token for an id that is not in the vocabulary."""
@@ -291,6 +296,9 @@ class TokenizerBase(ABC):
             return self._added[ids].content if ids in self._added else self.decoder.get(ids, self.unk_token)
         skipped = set(self.all_special_ids) if skip_special_tokens else ()
         return [self.convert_ids_to_tokens(int(index)) for index in ids if int(index) not in skipped]
+
+    def _id_of(self, token: str) -> int | None:
+        return self._added_ids.get(token, self.encoder.get(token))
 
     # --- special and added tokens
 
@@ -333,13 +341,13 @@ class TokenizerBase(ABC):
         tokens = list(new_tokens) if isinstance(new_tokens, (list, tuple)) else [new_tokens] if new_tokens else []
         size_before = len(self)
         for item in tokens:
-            token = AddedToken.of(item, special=special_tokens or item in self.all_special_tokens)
-            if not token.content or self._added.get(self._added_ids.get(token.content, -1)) == token:
+            if isinstance(item, str) and (not item or item in self._added_ids):
                 continue
+            token = self._stored(AddedToken.of(item, special=special_tokens or item in self.all_special_tokens))
             if token.special and token.content not in self.all_special_tokens:
                 self.additional_special_tokens.append(token.content)
-            index = self.get_vocab().get(self._stored(token).content, len(self))
-            self._register(token, index)
+            index = self._id_of(token.content)
+            self._register(token, len(self) if index is None else index)
         return len(self) - size_before
 
     def add_special_tokens(
@@ -358,13 +366,13 @@ class TokenizerBase(ABC):
         for name, value in special_tokens_dict.items():
             if name in _SPECIAL_TOKENS:
                 setattr(self, name, value)
-                added += self.add_tokens([value], special_tokens=True)
+                added += self.add_tokens([AddedToken.of(value, special=True)])
                 continue
             if not isinstance(value, (list, tuple)):
                 raise ValueError(f"{name}={value!r} must be a list of str or AddedToken")
             if replace_additional_special_tokens and value:
                 self.additional_special_tokens = [AddedToken.of(token).content for token in value]
-            added += self.add_tokens(value, special_tokens=True)
+            added += self.add_tokens([AddedToken.of(token, special=True) for token in value])
         return added
 
     def _stored(self, token: AddedToken) -> AddedToken:
@@ -372,7 +380,6 @@ class TokenizerBase(ABC):
         return token
 
     def _register(self, token: AddedToken, index: int) -> None:
-        token = self._stored(token)
         self._added[index] = token
         self._added_ids[token.content] = index
 
@@ -455,7 +462,7 @@ class TokenizerBase(ABC):
             raise ValueError(f"{stride=}, {return_overflowing_tokens=}: windows are not supported; slice the ids")
         if return_offsets_mapping and not self.is_fast:
             raise NotImplementedError("return_offsets_mapping needs OpenAIGPTTokenizerFast")
-        pad_to, cut_to, padding, truncation = self._lengths(padding, truncation, max_length, pad_to_multiple_of)
+        length, padding, truncation = self._resolve(padding, truncation, max_length, pad_to_multiple_of)
         batched, texts, pairs = _as_batch(text, text_pair, is_split_into_words)
 
         firsts = self._encode_texts(texts, is_split_into_words)
@@ -465,7 +472,7 @@ class TokenizerBase(ABC):
         for first, second in zip(firsts, seconds, strict=True):
             n_first, n_second = len(first), 0 if second is None else len(second)
             if truncation != "do_not_truncate":
-                n_first, n_second = self._truncated(n_first, n_second, cut_to - reserved, truncation)
+                n_first, n_second = self._truncated(n_first, n_second, length - reserved, truncation)
             row, encoding = self._assemble(first, second, (n_first, n_second), add_special_tokens)
             row["length"] = len(row["input_ids"])
             rows.append(row)
@@ -485,16 +492,10 @@ class TokenizerBase(ABC):
         }
         rows = [{name: row[name] for name, want in wanted.items() if want} for row in rows]
         attention = return_attention_mask is None or return_attention_mask
-        self._pad_rows(rows, padding, pad_to, pad_to_multiple_of, padding_side, attention)
-        if padding != "do_not_pad":
+        self._pad_rows(rows, padding, length, pad_to_multiple_of, padding_side, attention)
+        if self.is_fast and padding != "do_not_pad":
             for encoding, row in zip(encodings, rows, strict=True):
-                if encoding is not None:
-                    encoding.pad(
-                        len(row["input_ids"]),
-                        direction=padding_side or self.padding_side,
-                        pad_id=self.pad_token_id,
-                        pad_token=self.pad_token,
-                    )
+                self._pad_encoding(encoding, len(row["input_ids"]), padding_side or self.padding_side)
         names = list(rows[0]) if rows else ["input_ids", *["attention_mask"] * attention]
         columns = {name: [row[name] for row in rows] for name in names}
         output = BatchEncoding(columns if batched else rows[0], encodings if self.is_fast else None)
@@ -544,7 +545,7 @@ class TokenizerBase(ABC):
         Raises:
             ValueError: no input_ids, rows that differ in their keys, or what `__call__` raises for padding.
         """
-        pad_to, _, padding, _ = self._lengths(padding, False, max_length, pad_to_multiple_of)
+        length, padding, _ = self._resolve(padding, False, max_length, pad_to_multiple_of)
         batched, rows = True, encoded_inputs
         if isinstance(encoded_inputs, Mapping):
             columns = {name: to_list(value) for name, value in encoded_inputs.items()}
@@ -557,14 +558,14 @@ class TokenizerBase(ABC):
             if "input_ids" not in row or row.keys() != rows[0].keys():
                 raise ValueError(f"encoded_inputs must have the same keys in each row, with input_ids: {list(row)}")
         attention = return_attention_mask is None or return_attention_mask
-        self._pad_rows(rows, padding, pad_to, pad_to_multiple_of, padding_side, attention)
+        self._pad_rows(rows, padding, length, pad_to_multiple_of, padding_side, attention)
         output = BatchEncoding({name: [row[name] for row in rows] for name in rows[0]} if batched else rows[0])
         return output.convert_to_tensors(return_tensors)
 
-    def _lengths(
+    def _resolve(
         self, padding: bool | str, truncation: bool | str | None, max_length: int | None, multiple: int | None
-    ) -> tuple[int, int, str, str]:
-        """Resolve the arguments: (padded length, truncated length, padding, truncation)."""
+    ) -> tuple[int, str, str]:
+        """Check the arguments and resolve them: (length, one of _PADDINGS, one of _TRUNCATIONS)."""
         if truncation is None and max_length is not None and padding is False:
             self._warn_once("max_length was given without truncation: truncating to it; say truncation=True")
             truncation = True
@@ -595,7 +596,7 @@ class TokenizerBase(ABC):
                 )
             if truncation != "do_not_truncate" and multiple and length % multiple:
                 raise ValueError(f"max_length={length} must be a multiple of pad_to_multiple_of={multiple}")
-        return length, length, padding, truncation
+        return length, padding, truncation
 
     def _truncated(self, n_first: int, n_second: int, length: int, truncation: str) -> tuple[int, int]:
         """How many tokens of a pair to keep so that they are at most `length` together."""
@@ -605,14 +606,21 @@ class TokenizerBase(ABC):
         if truncation == "longest_first":
             # Cut the longer to the shorter, then both alike. Of an odd remainder HuggingFace's two libraries give
             # the extra token to different sequences where the second is no shorter.
-            half, odd = divmod(max(length, 0), 2)
+            half, odd = divmod(length, 2)
             first_is_longer = n_first > n_second
             if min(n_first, n_second) <= half:
-                return (length - n_second, n_second) if first_is_longer else (n_first, length - n_first)
-            return (half + odd, half) if first_is_longer or not self.is_fast else (half, half + odd)
-        kept = (n_first - excess, n_second) if truncation == "only_first" else (n_first, n_second - excess)
-        if min(kept) < (1 if truncation == "only_first" else 0):
-            raise ValueError(f"{truncation=} cannot bring {n_first} + {n_second} tokens to max_length={length}")
+                kept = (length - n_second, n_second) if first_is_longer else (n_first, length - n_first)
+            else:
+                kept = (half + odd, half) if first_is_longer or not self.is_fast else (half, half + odd)
+            possible = min(kept) >= 0
+        elif truncation == "only_first":
+            kept = (n_first - excess, n_second)
+            possible = kept[0] > 0
+        else:
+            kept = (n_first, n_second - excess)
+            possible = kept[1] > 0
+        if not possible:
+            raise ValueError(f"{truncation=} cannot bring {n_first} + {n_second} tokens to a length of {length}")
         return kept
 
     def _pad_rows(
@@ -665,12 +673,13 @@ class TokenizerBase(ABC):
         cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
         token: str | None = None,
+        subfolder: str = "",
         **kwargs: Any,
     ) -> Tokenizer:
         """Load from a folder or a Hub name: vocab.json and merges.txt, or OpenAI's own two, or tokenizer.json.
 
         Args:
-            revision, cache_dir, local_files_only, token: for the Hub.
+            revision, cache_dir, local_files_only, token: for the Hub. subfolder: below the folder or repository.
             kwargs: the constructor's, over what was saved.
 
         Raises:
@@ -687,6 +696,7 @@ class TokenizerBase(ABC):
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             token=token,
+            subfolder=subfolder,
         )
         vocab, merges = _find_vocabulary(files, pretrained_model_name_or_path)
         saved = {"name_or_path": str(pretrained_model_name_or_path), **_read_settings(files)}

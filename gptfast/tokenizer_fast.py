@@ -119,6 +119,9 @@ class OpenAIGPTTokenizerFast(TokenizerBase):
         }
         return columns, joined
 
+    def _pad_encoding(self, encoding: Any, length: int, side: str) -> None:
+        encoding.pad(length, direction=side, pad_id=self.pad_token_id, pad_token=self.pad_token)
+
     def _register(self, token: AddedToken, index: int) -> None:
         from tokenizers import AddedToken as BackendToken
 
