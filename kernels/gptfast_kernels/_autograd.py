@@ -1,10 +1,21 @@
-"""What the autograd functions of the ops share."""
+"""What the launchers and the autograd functions of the ops share."""
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x [..., C] as [M, C] with the last stride 1; a copy where its strides need one."""
+    x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

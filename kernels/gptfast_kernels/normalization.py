@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _dispatch, _philox, _triton
-from ._autograd import first_order, wants_grad
+from ._autograd import as_rows, contiguous, first_order, wants_grad
 from ._triton import tl, triton
 
 
@@ -73,20 +73,19 @@ class Config:
         return self.elements // block, block
 
 
-# Compiled, not timed. Forward: 32 elements a thread put 64 bytes of bfloat16 a thread in flight. Backward holds four
-# values an element, and sums for two parameters, so half as many; wide rows are walked, since whole ones spill.
+# Compiled for four targets, not timed. Forward: 32 elements a thread put 64 bytes of bfloat16 a thread in flight.
+# Backward holds four values an element and sums for two parameters: with more than 8 elements a thread it spills.
 FORWARD = (
-    Config(width=1024, elements=4096, warps=4),  # sm_90, 768, bfloat16: 80 registers, 6 blocks an SM
-    Config(width=8192, elements=8192, warps=8),  # 8192: 101 registers, 2 blocks
-    Config(width=65536, elements=4096, warps=8),  # 16384: 62 registers, 4 blocks
+    Config(width=1024, elements=4096, warps=4),  # sm_90, bfloat16, dropout, 768: 80 registers, 6 blocks an SM
+    Config(width=8192, elements=8192, warps=8),  # 4096: 79 registers, 3 blocks
+    Config(width=65536, elements=4096, warps=8),  # 16384: 60 registers, 4 blocks
 )
 BACKWARD = (
-    Config(width=2048, elements=2048, warps=4),  # 138 registers, 3 blocks
-    Config(width=4096, elements=4096, warps=8),  # 4096: 102 registers, 2 blocks
-    Config(width=65536, elements=2048, warps=4),
+    Config(width=1024, elements=1024, warps=4),  # 768: 72 registers, 7 blocks
+    Config(width=65536, elements=2048, warps=8),  # 16384: 64 registers, 4 blocks
 )
 MAX_WIDTH = 65536
-PROGRAMS_PER_SM = 4  # backward's, each with one row of partial sums of dweight and dbias
+PROGRAMS_PER_SM = 6  # backward's, each with one row of partial sums of dweight and dbias
 
 
 def config(table: tuple[Config, ...], width: int) -> Config:
@@ -115,7 +114,7 @@ def _load_u(X, Residual, Seed, row, start, mask, stride_x, stride_residual, drop
 
 
 @triton.jit(do_not_specialize=["M"])
-def _forward_kernel(
+def _layer_norm_forward_kernel(
     X,  # [M, N]
     Residual,  # [M, N] or None
     Weight,  # [N] or None
@@ -179,7 +178,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["M"])
-def _backward_kernel(
+def _layer_norm_backward_kernel(
     DY,  # [M, N]
     DU,  # [M, N] or None: u was not returned
     X,  # [M, N]: x, or u if that was saved
@@ -272,16 +271,6 @@ def _backward_kernel(
 # ---- launchers ----
 
 
-def _as_rows(x: Tensor) -> Tensor:
-    """x [..., C] as [M, C] with the last stride 1; a copy where its strides need one."""
-    x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
-
-
-def _contiguous(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.contiguous()
-
-
 def _forward(
     x: Tensor,
     residual: Tensor | None,
@@ -295,17 +284,17 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y in ``dtype``, u (empty unless ``prenorm``), mean and rstd [2, M])."""
     y, u, statistics = _forward_fake(x, residual, weight, bias, seed, dropout_p, eps, prenorm, dtype)
-    x, residual = _as_rows(x), None if residual is None else _as_rows(residual)
+    x, residual = as_rows(x), None if residual is None else as_rows(residual)
     M, N = x.shape
     if M and N:
         how = config(FORWARD, N)
         rows, block = how.tile(N)
         with _triton.on(x):
-            _forward_kernel[(triton.cdiv(M, rows),)](
+            _layer_norm_forward_kernel[(triton.cdiv(M, rows),)](
                 x,
                 residual,
-                _contiguous(weight),
-                _contiguous(bias),
+                contiguous(weight),
+                contiguous(bias),
                 seed,
                 y,
                 u if prenorm else None,
@@ -348,8 +337,8 @@ def _backward(
     """(dx, dresidual, dweight, dbias); the parameters' in float32. What is not needed is empty, and so is dresidual
     without a ``dresidual_dtype``. ``x`` is u where ``saved_u``."""
     shape = x.shape
-    dy, x = _as_rows(dy), _as_rows(x)
-    du, residual = None if du is None else _as_rows(du), None if residual is None else _as_rows(residual)
+    dy, x = as_rows(dy), as_rows(x)
+    du, residual = None if du is None else as_rows(du), None if residual is None else as_rows(residual)
     M, N = x.shape
     how = config(BACKWARD, N)
     rows, block = how.tile(N)
@@ -361,12 +350,12 @@ def _backward(
     dbias = partial((programs, N), dtype=torch.float32) if need_dbias else None
     if programs:
         with _triton.on(x):
-            _backward_kernel[(programs,)](
+            _layer_norm_backward_kernel[(programs,)](
                 dy,
                 du,
                 x,
                 residual,
-                _contiguous(weight),
+                contiguous(weight),
                 seed,
                 statistics,
                 dx,
