@@ -223,23 +223,37 @@ class OpenAIGPTTokenizer(TokenizerBase):
             return token
         return dataclasses.replace(token, content=token.content.lower())
 
-    def _encode_texts(self, texts: list[Any], is_split_into_words: bool) -> list[list[int]]:
-        rows = texts if is_split_into_words else [[text] for text in texts]
-        return [self.convert_tokens_to_ids([token for text in row for token in self.tokenize(text)]) for row in rows]
+    def _encode_rows(
+        self,
+        texts: list[Any],
+        pairs: list[Any] | None,
+        is_split_into_words: bool,
+        add_special_tokens: bool,
+        truncation: str,
+        length: int,
+    ) -> tuple[list[dict[str, Any]], list[Any]]:
+        def ids_of(text: Any) -> list[int]:
+            pieces = text if is_split_into_words else [text]
+            return self.convert_tokens_to_ids([token for piece in pieces for token in self.tokenize(piece)])
 
-    def _assemble(
-        self, first: list[int], second: list[int] | None, keep: tuple[int, int], add_special_tokens: bool
-    ) -> tuple[dict[str, Any], None]:
-        right = self.truncation_side == "right"
-        a = first[: keep[0]] if right else first[len(first) - keep[0] :]
-        b = None if second is None else second[: keep[1]] if right else second[len(second) - keep[1] :]
-        if add_special_tokens:
-            ids, types = self.build_inputs_with_special_tokens(a, b), self.create_token_type_ids_from_sequences(a, b)
-            special = self.get_special_tokens_mask(a, b)
-        else:
-            ids, types = a + (b or []), [0] * len(a) + [1] * len(b or [])
-            special = [0] * len(ids)
-        return {"input_ids": ids, "token_type_ids": types, "special_tokens_mask": special}, None
+        def cut(ids: list[int], n: int) -> list[int]:
+            return ids[:n] if self.truncation_side == "right" else ids[len(ids) - n :]
+
+        rows: list[dict[str, Any]] = []
+        for i, text in enumerate(texts):
+            a, b = ids_of(text), None if pairs is None else ids_of(pairs[i])
+            if truncation != "do_not_truncate":
+                reserved = self.num_special_tokens_to_add(b is not None) if add_special_tokens else 0
+                n_a, n_b = self._truncated(len(a), len(b or []), length - reserved, truncation)
+                a, b = cut(a, n_a), None if b is None else cut(b, n_b)
+            rows.append({"input_ids": a + (b or []), "token_type_ids": [0] * len(a) + [1] * len(b or [])})
+            if add_special_tokens:
+                rows[-1]["input_ids"] = self.build_inputs_with_special_tokens(a, b)
+                rows[-1]["token_type_ids"] = self.create_token_type_ids_from_sequences(a, b)
+            rows[-1]["special_tokens_mask"] = (
+                self.get_special_tokens_mask(a, b) if add_special_tokens else [0] * (len(a) + len(b or []))
+            )
+        return rows, []
 
     @classmethod
     def _construct(
@@ -336,11 +350,11 @@ def train_tokenizer(
     # The trainer numbers word endings in the order of a hash map and breaks ties by number, so two runs would differ.
     # Therefore every symbol, with </w> or without, goes in as one private-use character.
     private = {symbol: chr(0xF0000 + i) for i, symbol in enumerate(symbols)}
-    coded = {
-        "".join(private[char] for char in word[:-1]) + private[word[-1] + END_OF_WORD]: count
+    # What is not in the alphabet becomes a space, which no merge crosses.
+    coded = (
+        ("".join(private.get(symbol, " ") for symbol in (*word[:-1], word[-1] + END_OF_WORD)), count)
         for word, count in words.items()
-        if all(char in private for char in word)
-    }
+    )
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(
@@ -349,7 +363,7 @@ def train_tokenizer(
         initial_alphabet=list(private.values()),
         show_progress=False,
     )
-    learner.train_from_iterator((f"{word} " * count for word, count in coded.items()), trainer)
+    learner.train_from_iterator((f"{word} " * count for word, count in coded), trainer)
     public = {code: symbol for symbol, code in private.items()}
     merges = [
         ("".join(public[code] for code in left), "".join(public[code] for code in right))

@@ -133,8 +133,8 @@ class BatchEncoding(UserDict):
         return self._encoding(batch_index).char_to_token(char_index, sequence_index)
 
     def token_to_chars(self, batch_index: int, token_index: int) -> tuple[int, int] | None:
-        found = self._encoding(batch_index).token_to_chars(token_index)  # (sequence, (start, end))
-        return None if found is None else found[1]
+        """(start, end) of a token in its text; None for padding."""
+        return self._encoding(batch_index).token_to_chars(token_index)
 
     def convert_to_tensors(self, return_tensors: str | None, prepend_batch_axis: bool = False) -> "BatchEncoding":
         """Turn every list into a torch ("pt") or numpy ("np") array, int64, in place."""
@@ -241,17 +241,16 @@ class TokenizerBase(ABC):
         """The tokens of `text`, before they become ids."""
 
     @abstractmethod
-    def _encode_texts(self, texts: list[Any], is_split_into_words: bool) -> list[Any]:
-        """For each text something with a `len`: the ids, or the Rust library's Encoding."""
-
-    @abstractmethod
-    def _assemble(
-        self, first: Any, second: Any, keep: tuple[int, int], add_special_tokens: bool
-    ) -> tuple[dict[str, Any], Any]:
-        """Cut both to `keep` tokens and join them: (columns, Encoding or None)."""
-
-    def _pad_encoding(self, encoding: Any, length: int, side: str) -> None:  # noqa: B027
-        """Pad the Rust library's record as its row was padded."""
+    def _encode_rows(
+        self,
+        texts: list[Any],
+        pairs: list[Any] | None,
+        is_split_into_words: bool,
+        add_special_tokens: bool,
+        truncation: str,
+        length: int,
+    ) -> tuple[list[dict[str, Any]], list[Any]]:
+        """Encode, truncate and join: the columns of each row, and the Rust library's records or nothing."""
 
     @abstractmethod
     def decode(
@@ -465,24 +464,14 @@ class TokenizerBase(ABC):
         length, padding, truncation = self._resolve(padding, truncation, max_length, pad_to_multiple_of)
         batched, texts, pairs = _as_batch(text, text_pair, is_split_into_words)
 
-        firsts = self._encode_texts(texts, is_split_into_words)
-        seconds = [None] * len(texts) if pairs is None else self._encode_texts(pairs, is_split_into_words)
-        reserved = self.num_special_tokens_to_add(pairs is not None) if add_special_tokens else 0
-        rows, encodings = [], []
-        for first, second in zip(firsts, seconds, strict=True):
-            n_first, n_second = len(first), 0 if second is None else len(second)
-            if truncation != "do_not_truncate":
-                n_first, n_second = self._truncated(n_first, n_second, length - reserved, truncation)
-            row, encoding = self._assemble(first, second, (n_first, n_second), add_special_tokens)
+        rows, encodings = self._encode_rows(texts, pairs, is_split_into_words, add_special_tokens, truncation, length)
+        for row in rows:
             row["length"] = len(row["input_ids"])
-            rows.append(row)
-            encodings.append(encoding)
             if verbose and max_length is None and row["length"] > self.model_max_length:
                 self._warn_once(
                     f"a sequence of {row['length']} tokens is longer than the model's {self.model_max_length}; "
                     "the model will refuse it"
                 )
-
         wanted = {
             "input_ids": True,
             "token_type_ids": bool(return_token_type_ids),
@@ -493,9 +482,11 @@ class TokenizerBase(ABC):
         rows = [{name: row[name] for name, want in wanted.items() if want} for row in rows]
         attention = return_attention_mask is None or return_attention_mask
         self._pad_rows(rows, padding, length, pad_to_multiple_of, padding_side, attention)
-        if self.is_fast and padding != "do_not_pad":
-            for encoding, row in zip(encodings, rows, strict=True):
-                self._pad_encoding(encoding, len(row["input_ids"]), padding_side or self.padding_side)
+        for encoding, row in zip(encodings, rows, strict=False):
+            side = padding_side or self.padding_side
+            encoding.pad(
+                len(row["input_ids"]), direction=side, pad_id=self.pad_token_id or 0, pad_token=str(self.pad_token)
+            )
         names = list(rows[0]) if rows else ["input_ids", *["attention_mask"] * attention]
         columns = {name: [row[name] for row in rows] for name in names}
         output = BatchEncoding(columns if batched else rows[0], encodings if self.is_fast else None)
@@ -603,15 +594,12 @@ class TokenizerBase(ABC):
         excess = n_first + n_second - length
         if excess <= 0:
             return n_first, n_second
-        if truncation == "longest_first":
-            # Cut the longer to the shorter, then both alike. Of an odd remainder HuggingFace's two libraries give
-            # the extra token to different sequences where the second is no shorter.
+        if truncation == "longest_first":  # cut the longer to the shorter, then both alike
             half, odd = divmod(length, 2)
-            first_is_longer = n_first > n_second
-            if min(n_first, n_second) <= half:
-                kept = (length - n_second, n_second) if first_is_longer else (n_first, length - n_first)
+            if min(n_first, n_second) > half:
+                kept = (half + odd, half)
             else:
-                kept = (half + odd, half) if first_is_longer or not self.is_fast else (half, half + odd)
+                kept = (length - n_second, n_second) if n_first > n_second else (n_first, length - n_first)
             possible = min(kept) >= 0
         elif truncation == "only_first":
             kept = (n_first - excess, n_second)

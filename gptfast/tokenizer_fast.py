@@ -3,6 +3,7 @@
 Its ids are those of transformers' OpenAIGPTTokenizerFast (4.x) and OpenAIGPTTokenizer (5.x), not the original ones.
 """
 
+import functools
 import os
 import warnings
 from pathlib import Path
@@ -47,9 +48,7 @@ class OpenAIGPTTokenizerFast(TokenizerBase):
         try:
             import tokenizers
         except ImportError as error:
-            raise ImportError(
-                'OpenAIGPTTokenizerFast needs tokenizers: pip install "gptfast-kernels[hf]"'
-            ) from error
+            raise ImportError('OpenAIGPTTokenizerFast needs tokenizers: pip install "gptfast-kernels[hf]"') from error
         if tokenizer_file is not None:
             content = read_tokenizer_json(tokenizer_file)
             vocab, merges = read_vocab(content["model"]["vocab"]), read_merges(content["model"]["merges"])
@@ -101,26 +100,44 @@ class OpenAIGPTTokenizerFast(TokenizerBase):
         self._backend.save(unified)
         return (*paths, unified)
 
-    def _encode_texts(self, texts: list[Any], is_split_into_words: bool) -> list[Any]:
-        return self._backend.encode_batch(texts, is_pretokenized=is_split_into_words, add_special_tokens=False)
-
-    def _assemble(
-        self, first: Any, second: Any, keep: tuple[int, int], add_special_tokens: bool
-    ) -> tuple[dict[str, Any], Any]:
-        for encoding, length in zip((first, second), keep, strict=True):
-            if encoding is not None:
-                encoding.truncate(length, direction=self.truncation_side)
-        joined = self._backend.post_process(first, second, add_special_tokens)
-        columns = {
-            "input_ids": joined.ids,
-            "token_type_ids": joined.type_ids,
-            "special_tokens_mask": joined.special_tokens_mask,
-            "offset_mapping": joined.offsets,
-        }
-        return columns, joined
-
-    def _pad_encoding(self, encoding: Any, length: int, side: str) -> None:
-        encoding.pad(length, direction=side, pad_id=self.pad_token_id, pad_token=self.pad_token)
+    def _encode_rows(
+        self,
+        texts: list[Any],
+        pairs: list[Any] | None,
+        is_split_into_words: bool,
+        add_special_tokens: bool,
+        truncation: str,
+        length: int,
+    ) -> tuple[list[dict[str, Any]], list[Any]]:
+        batch = texts if pairs is None else list(zip(texts, pairs, strict=True))
+        encode = functools.partial(
+            self._backend.encode_batch,
+            batch,
+            is_pretokenized=is_split_into_words,
+            add_special_tokens=add_special_tokens,
+        )
+        if truncation in ("only_first", "only_second"):  # Rust would raise a bare Exception where this is impossible
+            for encoding in encode():
+                n_first, n_second = (encoding.sequence_ids.count(sequence) for sequence in (0, 1))
+                self._truncated(n_first, n_second, length - (len(encoding) - n_first - n_second), truncation)
+        if truncation == "do_not_truncate":
+            encodings = encode()
+        else:
+            self._backend.enable_truncation(length, strategy=truncation, direction=self.truncation_side)
+            try:
+                encodings = encode()
+            finally:
+                self._backend.no_truncation()
+        rows = [
+            {
+                "input_ids": encoding.ids,
+                "token_type_ids": encoding.type_ids,
+                "special_tokens_mask": encoding.special_tokens_mask,
+                "offset_mapping": encoding.offsets,
+            }
+            for encoding in encodings
+        ]
+        return rows, encodings
 
     def _register(self, token: AddedToken, index: int) -> None:
         from tokenizers import AddedToken as BackendToken
