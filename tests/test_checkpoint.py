@@ -969,9 +969,11 @@ SAVES = {
 @pytest.mark.parametrize(("before", "after"), list(itertools.product(SAVES, SAVES)))
 def test_a_crash_leaves_the_old_weights_or_the_new(before, after, tmp_path, monkeypatch):
     old, new = make(seed=1), make(seed=2)
+    older = {"safe_serialization": False}  # stays beside safetensors, and must not come back to light
     survivors = set()
     for crash_at in itertools.count():
         folder = tmp_path / str(crash_at)
+        make(seed=3).save_pretrained(folder, **older)
         old.save_pretrained(folder, **SAVES[before])
         steps = itertools.count()
         with monkeypatch.context() as patch:
