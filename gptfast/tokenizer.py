@@ -133,7 +133,8 @@ class OpenAIGPTTokenizer(TokenizerBase):
         **kwargs: Any,
     ):
         self._tokenization = self._saved_tokenization = _available_tokenization(tokenization)
-        super().__init__(read_vocab(vocab_file), read_merges(merges_file), unk_token=unk_token, **kwargs)
+        vocab = read_vocab(vocab_file)
+        super().__init__(vocab, read_merges(merges_file, vocab), unk_token=unk_token, **kwargs)
         self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self._cache: dict[str, list[str]] = {}
 
@@ -246,13 +247,16 @@ class OpenAIGPTTokenizer(TokenizerBase):
                 reserved = self.num_special_tokens_to_add(b is not None) if add_special_tokens else 0
                 n_a, n_b = self._truncated(len(a), len(b or []), length - reserved, truncation)
                 a, b = cut(a, n_a), None if b is None else cut(b, n_b)
-            rows.append({"input_ids": a + (b or []), "token_type_ids": [0] * len(a) + [1] * len(b or [])})
             if add_special_tokens:
-                rows[-1]["input_ids"] = self.build_inputs_with_special_tokens(a, b)
-                rows[-1]["token_type_ids"] = self.create_token_type_ids_from_sequences(a, b)
-            rows[-1]["special_tokens_mask"] = (
-                self.get_special_tokens_mask(a, b) if add_special_tokens else [0] * (len(a) + len(b or []))
-            )
+                ids, types = (
+                    self.build_inputs_with_special_tokens(a, b),
+                    self.create_token_type_ids_from_sequences(a, b),
+                )
+                special = self.get_special_tokens_mask(a, b)
+            else:
+                ids, types = a + (b or []), [0] * len(a) + [1] * len(b or [])
+                special = [0] * len(ids)
+            rows.append({"input_ids": ids, "token_type_ids": types, "special_tokens_mask": special})
         return rows, []
 
     @classmethod

@@ -7,7 +7,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections import UserDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ VOCAB_NAME, MERGES_NAME, TOKENIZER_NAME = "vocab.json", "merges.txt", "tokenizer
 OPENAI_VOCAB_NAME, OPENAI_MERGES_NAME = "encoder_bpe_40000.json", "vocab_40000.bpe"
 CONFIG_NAME, SPECIAL_NAME, ADDED_NAME = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 END_OF_WORD = "</w>"
-NO_LIMIT = int(1e30)  # HuggingFace's model_max_length where none is known
+NO_LIMIT = int(1e30)  # HuggingFace's model_max_length where none is known; it takes all above 1e20 for that
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TRUNCATIONS = ("longest_first", "only_first", "only_second", "do_not_truncate")
@@ -71,8 +71,8 @@ class _SpecialToken:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, tokenizer: "TokenizerBase", owner: type | None = None) -> str | None:
-        return tokenizer._special[self.name]
+    def __get__(self, tokenizer: "TokenizerBase | None", owner: type | None = None) -> Any:
+        return self if tokenizer is None else tokenizer._special[self.name]
 
     def __set__(self, tokenizer: "TokenizerBase", token: str | AddedToken | None) -> None:
         tokenizer._special[self.name] = None if token is None else AddedToken.of(token).content
@@ -84,7 +84,9 @@ class _SpecialTokenId:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name.removesuffix("_id")
 
-    def __get__(self, tokenizer: "TokenizerBase", owner: type | None = None) -> int | None:
+    def __get__(self, tokenizer: "TokenizerBase | None", owner: type | None = None) -> Any:
+        if tokenizer is None:
+            return self
         token = tokenizer._special[self.name]
         return None if token is None else tokenizer.convert_tokens_to_ids(token)
 
@@ -544,10 +546,10 @@ class TokenizerBase(ABC):
             rows = [columns]
             if batched:
                 rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        for row in rows or [None]:
+            if not isinstance(row, Mapping) or "input_ids" not in row or row.keys() != rows[0].keys():
+                raise ValueError(f"encoded_inputs must be dicts with the same keys, input_ids among them: {row!r:.80}")
         rows = [{name: to_list(value) for name, value in row.items()} for row in rows]
-        for row in rows or [{}]:
-            if "input_ids" not in row or row.keys() != rows[0].keys():
-                raise ValueError(f"encoded_inputs must have the same keys in each row, with input_ids: {list(row)}")
         attention = return_attention_mask is None or return_attention_mask
         self._pad_rows(rows, padding, length, pad_to_multiple_of, padding_side, attention)
         output = BatchEncoding({name: [row[name] for row in rows] for name in rows[0]} if batched else rows[0])
@@ -572,7 +574,7 @@ class TokenizerBase(ABC):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} must be a positive int or None")
         length = self.model_max_length if max_length is None else max_length
-        if length >= NO_LIMIT:
+        if length > 1e20:
             if padding == "max_length":
                 self._warn_once("padding='max_length' without max_length or model_max_length: not padding")
                 padding = "do_not_pad"
@@ -739,40 +741,52 @@ class TokenizerBase(ABC):
 
 def read_vocab(source: Any) -> Vocab:
     """Token to id, from a vocab.json or a mapping."""
-    vocab = source if isinstance(source, Mapping) else read_json(source)
-    if not isinstance(vocab, Mapping) or not all(type(index) is int for index in vocab.values()):
-        raise ValueError(f"{_described(source)} must map tokens to ints")
-    return dict(vocab)
+    vocab = dict(source) if isinstance(source, Mapping) else read_json(source)
+    ids = list(vocab.values())
+    if not all(type(index) is int and index >= 0 for index in ids) or len(set(ids)) < len(ids):
+        raise ValueError(f"{_described(source)} must map tokens to ids: ints that differ and are not negative")
+    return vocab
 
 
-def read_merges(source: Any) -> Merges:
+def read_merges(source: Any, vocab: Vocab) -> Merges:
     """The pairs in rank order, from a merges.txt or a list of pairs or of lines."""
+    lines = source
     if isinstance(source, (str, os.PathLike)):
-        lines: Iterable[Any] = Path(source).read_text(encoding="utf-8").split("\n")
-        lines = [line for line in lines if line and not line.startswith("#version")]
-    else:
-        lines = source
+        lines = [line for line in _read_text(source).split("\n") if line and not line.startswith("#version")]
     pairs = [tuple(line.split(" ") if isinstance(line, str) else line) for line in lines]
     for number, pair in enumerate(pairs, 1):
-        if len(pair) != 2 or not all(pair):
-            raise ValueError(f"{_described(source)}, merge {number}: {' '.join(pair)!r} must be two symbols")
-    return pairs  # type: ignore[return-value]
+        if len(pair) != 2 or not vocab.keys() >= {*pair, "".join(pair)}:
+            raise ValueError(
+                f"{_described(source)}, merge {number}: {' '.join(pair)!r} must be two tokens of the vocabulary "
+                "that together are one"
+            )
+    return pairs
 
 
 def read_tokenizer_json(path: Any) -> dict[str, Any]:
     """A tokenizer.json, checked to be a byte-pair encoding in GPT-1's form."""
     content = read_json(path)
-    model = content.get("model", {}) if isinstance(content, dict) else {}
-    if model.get("type") != "BPE" or model.get("end_of_word_suffix") != END_OF_WORD:
+    model = content.get("model")
+    if not isinstance(model, dict) or model.get("type") != "BPE" or model.get("end_of_word_suffix") != END_OF_WORD:
         raise ValueError(f"{path} is not a GPT-1 tokenizer: it must be a BPE with the suffix {END_OF_WORD!r}")
     return content
 
 
-def read_json(path: Any) -> Any:
+def read_json(path: Any) -> dict[str, Any]:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON in UTF-8: {error}") from error
+        content = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must be a JSON object, not {type(content).__name__}")
+    return content
+
+
+def _read_text(path: Any) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
 
 
 def _read_settings(files: Mapping[str, Path]) -> dict[str, Any]:

@@ -51,7 +51,8 @@ class OpenAIGPTTokenizerFast(TokenizerBase):
             raise ImportError('OpenAIGPTTokenizerFast needs tokenizers: pip install "gptfast-kernels[hf]"') from error
         if tokenizer_file is not None:
             content = read_tokenizer_json(tokenizer_file)
-            vocab, merges = read_vocab(content["model"]["vocab"]), read_merges(content["model"]["merges"])
+            vocab = read_vocab(content["model"]["vocab"])
+            merges = read_merges(content["model"]["merges"], vocab)
             backend = tokenizers.Tokenizer.from_file(str(tokenizer_file))
             backend.no_truncation()
             backend.no_padding()
@@ -59,7 +60,8 @@ class OpenAIGPTTokenizerFast(TokenizerBase):
         elif vocab_file is None or merges_file is None:
             raise ValueError(f"{vocab_file=}, {merges_file=}: give both, or tokenizer_file")
         else:
-            vocab, merges = read_vocab(vocab_file), read_merges(merges_file)
+            vocab = read_vocab(vocab_file)
+            merges = read_merges(merges_file, vocab)
             unknown = AddedToken.of(unk_token).content
             model = tokenizers.models.BPE(vocab, merges, unk_token=unknown, end_of_word_suffix=END_OF_WORD)
             backend = tokenizers.Tokenizer(model)

@@ -273,7 +273,7 @@ def test_pad_collates(kind):
         [14, 15]
     ]
     assert rows[1]["input_ids"] == [20]  # the caller's rows are left alone
-    for bad in ({"ids": [1]}, [{"input_ids": [1]}, {"input_ids": [1], "labels": [2]}], []):
+    for bad in ({"ids": [1]}, [{"input_ids": [1]}, {"input_ids": [1], "labels": [2]}], [], [[1, 2]]):
         with pytest.raises(ValueError, match="input_ids"):
             tokenizer.pad(bad)
 
@@ -369,7 +369,7 @@ def test_other_bad_input(kind):
         make(kind, padding_side="up")
     with pytest.raises(ValueError, match="model_max_length=0"):
         make(kind, model_max_length=0)
-    with pytest.raises(ValueError, match="must map tokens to ints"):
+    with pytest.raises(ValueError, match="dict must map tokens to ids"):
         make(kind, vocab={"a": "b"})
     with pytest.raises(ValueError, match="merge 2: 'a b c'"):
         make(kind, merges=["l o", "a b c"])
@@ -558,9 +558,13 @@ def test_transformers_5_and_ours_load_each_other(tmp_path):
         ("vocab.json", '{"l": 0, "o"'),
         ("vocab.json", "[1, 2]"),
         ("vocab.json", b"\xff\xfe\x00"),
+        ("vocab.json", '{"l": 0, "o": 0}'),
+        ("merges.txt", b"#version: 0.2\nl \xff\n"),
+        ("merges.txt", "#version: 0.2\nl o\nn e\n"),
         ("merges.txt", "#version: 0.2\nl o\nl o w\n"),
         ("merges.txt", "#version: 0.2\nlo\n"),
         ("tokenizer_config.json", "{"),
+        ("tokenizer_config.json", "[1]"),
         ("special_tokens_map.json", "not JSON"),
         ("added_tokens.json", ""),
     ],
