@@ -1,0 +1,211 @@
+"""Training: it learns, it can be stopped at any moment, and what it took for granted is checked."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptfast import OpenAIGPTConfig, OpenAIGPTLMHeadModel, OpenAIGPTTokenizer
+from gptfast import train as training
+from gptfast.tokenizer import train_tokenizer
+from gptfast.train import LOG_FILE, STATE_FILE, Batches, Settings, learning_rate, make_optimizer, read_texts, train
+
+POEMS = Path(__file__).parent / "data" / "poems.txt"
+SETTINGS = Settings(steps=12, batch_size=2, context=16, warmup_steps=2, held_out=0.2)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([POEMS.read_text()], 160, tokenization="basic")
+
+
+def new_model(tokenizer, **settings):
+    torch.manual_seed(0)
+    config = OpenAIGPTConfig(vocab_size=len(tokenizer), n_positions=32, n_embd=32, n_layer=2, n_head=2, **settings)
+    return OpenAIGPTLMHeadModel(config)
+
+
+def run(tokenizer, folder, settings=SETTINGS, model=None, **options):
+    model = new_model(tokenizer) if model is None else model
+    options = {"save_every": 4, "evaluate_every": 6, "log_every": 2, "progress": False, **options}
+    return train(model, tokenizer, [POEMS.read_text()], settings, folder, **options)
+
+
+def rows(folder):
+    """The log, but for the speed."""
+    lines = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+def test_learns_and_leaves_a_model(tokenizer, tmp_path):
+    settings = Settings(steps=80, batch_size=4, context=16, learning_rate=1e-2, warmup_steps=5, held_out=0.1)
+    model, score = run(tokenizer, tmp_path, settings, log_every=10)
+    log = rows(tmp_path)
+    assert log[-1]["step"] == 80
+    assert log[-1]["loss"] < log[0]["loss"] - 1
+    loaded = OpenAIGPTLMHeadModel.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.float16
+    assert model.dtype == torch.float32
+    assert not model.training
+    assert len(OpenAIGPTTokenizer.from_pretrained(tmp_path)) == len(tokenizer)
+    assert not (tmp_path / STATE_FILE).exists()
+    assert 1 < score.perplexity < len(tokenizer)
+    assert score.bytes == len(training.split_held_out(POEMS.read_text(), 0.1)[1].encode())
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(tokenizer, tmp_path, monkeypatch):
+    whole, _ = run(tokenizer, tmp_path / "whole")
+
+    rate = training.learning_rate
+
+    def interrupt_at_step_5(step, settings):
+        if step == 5:
+            signal.raise_signal(signal.SIGINT)
+        return rate(step, settings)
+
+    monkeypatch.setattr(training, "learning_rate", interrupt_at_step_5)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 6"):
+        run(tokenizer, tmp_path / "parts")
+    monkeypatch.undo()
+    assert (tmp_path / "parts" / STATE_FILE).exists()
+    resumed, _ = run(tokenizer, tmp_path / "parts", resume=True)
+
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+
+
+def test_killed_and_resumed_equals_uninterrupted(tokenizer, tmp_path):
+    """SIGKILL at whatever moment it comes, then --resume."""
+    tokenizer.save_pretrained(tmp_path / "base")
+    new_model(tokenizer).save_pretrained(tmp_path / "base")
+    command = [sys.executable, "-m", "gptfast.cli", "train", str(POEMS), "--model", str(tmp_path / "base")]
+    command += ["--steps=60", "--batch-size=2", "--context=16", "--held-out=0", "--save-every=5", "--json"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+
+    def start(folder, *more):
+        output = ["--output", str(tmp_path / folder)]
+        return subprocess.Popen([*command, *output, *more], env=env, stdout=subprocess.DEVNULL)
+
+    assert start("whole").wait() == 0
+    killed = start("parts")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "parts" / STATE_FILE).exists() and killed.poll() is None and time.monotonic() < deadline:
+        pass
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert start("parts", "--resume").wait() == 0
+    whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+
+
+def test_unfinished_run_is_not_overwritten(tokenizer, tmp_path):
+    (tmp_path / STATE_FILE).write_bytes(b"precious")
+    with pytest.raises(FileExistsError, match="unfinished run"):
+        run(tokenizer, tmp_path)
+    assert (tmp_path / STATE_FILE).read_bytes() == b"precious"
+
+
+def test_resume_under_other_settings_is_refused(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "learning_rate", lambda step, settings: signal.raise_signal(signal.SIGINT) or 1e-3)
+    with pytest.raises(KeyboardInterrupt):
+        run(tokenizer, tmp_path)
+    monkeypatch.undo()
+    other = Settings(**{**SETTINGS.__dict__, "batch_size": 3})
+    with pytest.raises(ValueError, match=r"other settings: \{'batch_size': 2\}, now \{'batch_size': 3\}"):
+        run(tokenizer, tmp_path, other, resume=True)
+
+
+def test_loss_that_is_not_finite_stops(tokenizer, tmp_path):
+    model = new_model(tokenizer)
+    model.transformer.h[1].mlp.c_fc.weight.data[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="step 0: loss nan"):
+        run(tokenizer, tmp_path, model=model)
+
+
+def test_disk_full_keeps_the_last_state(tokenizer, tmp_path, monkeypatch):
+    save, calls = torch.save, []
+
+    def fail_second(state, file):
+        calls.append(file)
+        if len(calls) == 2:
+            Path(file).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", fail_second)
+    with pytest.raises(OSError, match="No space left"):
+        run(tokenizer, tmp_path)
+    monkeypatch.undo()
+    assert torch.load(tmp_path / STATE_FILE, weights_only=True)["step"] == 4
+    run(tokenizer, tmp_path, resume=True)
+
+
+def test_learning_rate():
+    settings = Settings(steps=110, warmup_steps=10, learning_rate=1.0)
+    rates = [learning_rate(step, settings) for step in range(110)]
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.5)
+    assert 0 < rates[-1] < 1e-3
+
+
+def test_batches_repeat_nothing_in_an_epoch_and_depend_on_the_step_alone():
+    ids = torch.arange(1000)
+    batches = Batches(ids, batch_size=3, context=7, seed=1)
+    epoch = [batches[step] for step in range(batches.per_epoch)]
+    predicted = torch.cat([batch[:, 1:].flatten() for batch in epoch])
+    assert len(predicted.unique()) == len(predicted) > 900
+    assert all((batch.diff(dim=1) == 1).all() for batch in epoch)
+    again = Batches(ids, batch_size=3, context=7, seed=1)
+    later = batches.per_epoch + 2
+    assert torch.equal(again[later], batches[later])
+    assert torch.equal(again[1], epoch[1])
+    assert not torch.equal(Batches(ids, batch_size=3, context=7, seed=2)[1], epoch[1])
+
+
+def test_weight_decay_is_for_matrices(tokenizer):
+    decayed, others = make_optimizer(new_model(tokenizer), SETTINGS).param_groups
+    assert decayed["weight_decay"] == 0.1
+    assert all(p.ndim == 2 for p in decayed["params"])
+    assert others["weight_decay"] == 0
+    assert all(p.ndim == 1 for p in others["params"])
+    assert len(others["params"]) == 2 * 8  # biases and gains of two blocks
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
+        ({"held_out": 1.0}, r"held_out must be in \[0, 1\), got 1.0"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
+        ({"dtype": "float16"}, "dtype must be float32 or bfloat16, got 'float16'"),
+    ],
+)
+def test_bad_settings(setting, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**{"steps": 1, **setting})
+
+
+def test_bad_text(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"the text has \d+ tokens, a batch of 4096 sequences of 16 needs"):
+        run(tokenizer, tmp_path, Settings(steps=1, batch_size=4096, context=16))
+    with pytest.raises(ValueError, match="context must be at most n_positions = 32, got 33"):
+        run(tokenizer, tmp_path, Settings(steps=1, batch_size=1, context=33))
+    with pytest.raises(FileNotFoundError):
+        read_texts([tmp_path / "missing.txt"])
+    (tmp_path / "latin1.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(ValueError, match="not UTF-8"):
+        read_texts([tmp_path / "latin1.txt"])
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(ValueError, match="holds no text"):
+        read_texts([tmp_path / "empty.txt"])
