@@ -14,14 +14,16 @@ backward, which makes the logits again (four).
 Shapes: hidden [..., C]; weight [V, C]; bias [V]; target [...]; N rows in all.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _dispatch
+from . import _dispatch, _triton
 from ._autograd import first_order, wants_grad
+from ._triton import tl, triton
 from .projection import check_linear, linear_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -43,6 +45,32 @@ def linear_cross_entropy_reference(
     return loss.view(target.shape) if reduction == "none" else loss
 
 
+# ---- configs ----
+
+
+@dataclass(frozen=True)
+class Config:
+    """One program does a row of logits, ``block`` columns at a time."""
+
+    block: int
+    warps: int
+
+
+ROW = Config(block=8192, warps=8)  # 32 elements a thread, compiled, not timed: TODO
+
+# Bytes of logits in a chunk, and the fewest rows that keep the matmuls at full speed.
+# 16 MiB, 256 rows: the fastest at V = 4096 and within 10 % of it at V = 40,478, of 128 to 2048 rows (2 cores).
+# 128 MiB on a GPU: each chunk reads and writes the float32 dweight once (124 MB for GPT-1), so few chunks. Not timed.
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
+MIN_ROWS = 256
+ALIGN = 64  # elements; a row of 40,478 bfloat16 ends off 16 bytes, where neither cuBLAS nor the kernel has wide accesses
+
+
+def rows_per_chunk(V: int, dtype: torch.dtype, device: torch.device) -> int:
+    """How many rows of V logits are held at a time."""
+    return max(MIN_ROWS, CHUNK_BYTES["cpu" if device.type == "cpu" else "cuda"] // (V * dtype.itemsize or 1))
+
+
 # ---- one chunk of logits: losses, and the logits' gradient ----
 
 
@@ -62,18 +90,64 @@ def _rows_torch(z: Tensor, target: Tensor, dloss: Tensor | None, ignore_index: i
     return loss, dz.mul_(torch.where(counts, dloss, 0.0)[:, None]).to(z.dtype)
 
 
+@triton.jit(do_not_specialize=["ignore_index"])
+def _cross_entropy_kernel(
+    Z,  # [n, V]: logits, overwritten by their gradient where there is DLoss
+    Target,  # [n]
+    DLoss,  # [n] or None
+    Loss,  # [n] float32
+    V,
+    stride_z,
+    ignore_index,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    Z += row * stride_z
+    columns = tl.arange(0, BLOCK)
+    target = tl.load(Target + row)
+    counts = target != ignore_index
+    in_range = (target >= 0) & (target < V)
+    # read before the reductions, whose barriers keep other threads from overwriting it
+    z_target = tl.load(Z + target, mask=in_range, other=float("nan")).to(tl.float32)
+
+    most = -float("inf")
+    total = 0.0  # sum of exp(z - most)
+    for start in range(0, V, BLOCK):
+        z = tl.load(Z + start + columns, mask=start + columns < V, other=-float("inf")).to(tl.float32)
+        higher = tl.maximum(most, tl.max(z, 0))
+        total = total * tl.exp(most - higher) + tl.sum(tl.exp(z - higher), 0)
+        most = higher
+    tl.store(Loss + row, tl.where(counts, most - z_target + tl.log(total), 0.0))
+
+    if DLoss is not None:
+        dloss = tl.load(DLoss + row).to(tl.float32)
+        for start in range(0, V, BLOCK):
+            column = start + columns
+            z = tl.load(Z + column, mask=column < V, other=0.0).to(tl.float32)
+            dz = tl.exp(z - most) / total - tl.where(column == target, 1.0, 0.0)
+            tl.store(Z + column, tl.where(counts, dz * dloss, 0.0), mask=column < V)
+
+
+def _rows_triton(z: Tensor, target: Tensor, dloss: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """As ``_rows_torch``; z becomes dz."""
+    n, V = z.shape
+    loss = z.new_empty(n, dtype=torch.float32)
+    with _triton.on(z):
+        _cross_entropy_kernel[(n,)](
+            z,
+            target,
+            dloss,
+            loss,
+            V,
+            z.stride(0),
+            ignore_index,
+            BLOCK=min(ROW.block, triton.next_power_of_2(V)),
+            num_warps=ROW.warps,
+        )
+    return loss, z
+
+
 # ---- all rows, a chunk at a time ----
-
-# Bytes of logits in a chunk, and the fewest rows that keep the matmuls at full speed.
-# 16 MiB, 256 rows: the fastest at V = 4096 and within 10 % of it at V = 40,478, of 128 to 2048 rows (2 cores).
-# 128 MiB on a GPU: each chunk reads and writes the float32 dweight once (124 MB for GPT-1), so few chunks. Not timed.
-CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
-MIN_ROWS = 256
-
-
-def rows_per_chunk(V: int, dtype: torch.dtype, device: torch.device) -> int:
-    """How many rows of V logits are held at a time."""
-    return max(MIN_ROWS, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (V * dtype.itemsize or 1))
 
 
 def _chunked(
@@ -85,11 +159,12 @@ def _chunked(
     needs: list[bool],
     ignore_index: int,
     dtype: torch.dtype,
+    kernel: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss [N], dhidden, dweight, dbias) of hidden [N, C], target [N] and dloss [N], with logits in ``dtype``.
 
     ``needs`` says which gradients are wanted; the others are empty, and so are all without ``dloss``. The loss, dweight
-    and dbias are float32, float64 if ``dtype`` is.
+    and dbias are float32, float64 if ``dtype`` is. ``kernel`` chooses the Triton kernel for what is no matmul.
     """
     exact, need_hidden, need_weight, need_bias = _plan(bias, dloss, needs, dtype)
     (N, C), V = hidden.shape, len(weight)
@@ -103,14 +178,16 @@ def _chunked(
     if hidden.device.type == "cpu":  # leave out what does not count; on a GPU finding it would cost a synchronisation
         rows = rows[target != ignore_index]
     size = min(len(rows), rows_per_chunk(V, dtype, hidden.device))
-    logits, scratch = hidden.new_empty(size, V, dtype=dtype), hidden.new_empty(size, V, dtype=exact)
+    logits = hidden.new_empty((size, -(-V // ALIGN) * ALIGN if kernel else V), dtype=dtype)[:, :V]
+    scratch = hidden.new_empty((0 if kernel else size, V), dtype=exact)
     for n in rows.split(size) if size else ():
-        h, z, p = hidden[n].to(dtype), logits[: len(n)], scratch[: len(n)]
+        h, z = hidden[n].to(dtype), logits[: len(n)]
         if b is None:
             torch.mm(h, w.t(), out=z)
         else:
             torch.addmm(b, h, w.t(), out=z)
-        loss[n], dz = _rows_torch(z, target[n], None if dloss is None else dloss[n], ignore_index, p)
+        chunk = z, target[n], None if dloss is None else dloss[n], ignore_index
+        loss[n], dz = _rows_triton(*chunk) if kernel else _rows_torch(*chunk, scratch[: len(n)])
         if need_hidden:
             dhidden[n] = (dz @ w).to(hidden.dtype)
         if need_weight:
@@ -138,7 +215,7 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
 # ---- registration ----
 
 
-def _chunked_fake(hidden, weight, bias, target, dloss, needs, ignore_index, dtype):
+def _chunked_fake(hidden, weight, bias, target, dloss, needs, ignore_index, dtype, kernel):
     exact, need_hidden, need_weight, need_bias = _plan(bias, dloss, needs, dtype)
     return (
         hidden.new_empty(len(hidden), dtype=exact),
@@ -151,7 +228,7 @@ def _chunked_fake(hidden, weight, bias, target, dloss, needs, ignore_index, dtyp
 _lib = torch.library.Library("gptfast", "FRAGMENT")
 _lib.define(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? dloss, bool[] needs, "
-    "int ignore_index, ScalarType dtype) -> (Tensor loss, Tensor dhidden, Tensor dweight, Tensor dbias)"
+    "int ignore_index, ScalarType dtype, bool kernel) -> (Tensor loss, Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
 _lib.impl("linear_cross_entropy", _chunked, "CompositeExplicitAutograd")
 torch.library.register_fake("gptfast::linear_cross_entropy", _chunked_fake, lib=_lib)
@@ -193,9 +270,9 @@ class _Sum(torch.autograd.Function):
 
 
 def _for_inputs(grads, dtypes, needed):
-    """What backward returns for forward's six inputs: gradients in their inputs' dtypes, None where none is needed."""
+    """What backward returns for forward's inputs: gradients in their inputs' dtypes, None where none is needed."""
     hidden, weight, bias = (g.to(t) if need else None for g, t, need in zip(grads, dtypes, needed, strict=False))
-    return hidden, weight, bias, None, None, None
+    return hidden, weight, bias, *(None,) * 4
 
 
 # ---- public ----
@@ -257,20 +334,24 @@ def linear_cross_entropy(
                 f"target contains {int(bad[0])}; accepted are 0 to {V - 1} and ignore_index={ignore_index}"
             )
 
-    backend = _dispatch.select("linear_cross_entropy", backend, _dispatch.NOT_YET)
-    args = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, target.flatten(), ignore_index, linear_dtype(hidden))
-    train = wants_grad(*args[:3])
-    if backend == "torch" and train and reduction != "none" and not return_logprobs:
-        total = _Sum.apply(*args)
-    else:
-        if backend == "reference":
-            rows = linear_cross_entropy_reference(
-                hidden, weight, target, bias=bias, ignore_index=ignore_index, reduction="none"
-            )
-        else:
-            rows = _Rows.apply(*args) if train else _op(*args[:4], None, [False] * 3, *args[4:])[0]
-            rows = rows.view(target.shape)
+    dtype = linear_dtype(hidden)
+    cannot = _triton.why_not(hidden.new_empty(0, dtype=dtype)) or ("V = 0" if V == 0 else None)
+    backend = _dispatch.select("linear_cross_entropy", backend, cannot)
+    if backend == "reference":
+        rows = linear_cross_entropy_reference(
+            hidden, weight, target, bias=bias, ignore_index=ignore_index, reduction="none"
+        )
         total = rows.sum()
+    else:
+        inputs = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, target.flatten())
+        how = (ignore_index, dtype, backend == "triton")
+        train = wants_grad(*inputs[:3])
+        if train and reduction != "none" and not return_logprobs:
+            total = rows = _Sum.apply(*inputs, *how)
+        else:
+            rows = _Rows.apply(*inputs, *how) if train else _op(*inputs, None, [False] * 3, *how)[0]
+            rows = rows.view(target.shape)
+            total = rows.sum()
 
     loss = rows if reduction == "none" else total if reduction == "sum" else _mean(total, target != ignore_index)
     return (loss, -rows) if return_logprobs else loss
