@@ -1,32 +1,48 @@
-"""Scaled dot-product attention, causal by default, without storing the scores where the backend is fused
-(Vaswani et al. 2017, arXiv:1706.03762; Dao 2023, arXiv:2307.08691).
+"""Scaled dot-product attention, causal by default, without storing the scores (Vaswani et al. 2017, arXiv:1706.03762;
+Dao 2023, arXiv:2307.08691).
 
     S = softmax_scale * Q K^T,  masked        P = softmax(S)        O = dropout(P) V        LSE = logsumexp(S)
 
 Masks: causal and ``window_size`` are aligned bottom-right, so the last query sees the last key also when T < S.
 A query that sees no key at all gives zeros, LSE = -inf, and zero gradients.
 
+Backward, from dO and dLSE, recomputes P = exp(S - LSE) tile by tile. With Z the dropout mask over (1 - p):
+
+    dV = (Z * P)^T dO      dP = Z * (dO V^T)      delta = rowsum(O * dO) - dLSE      dS = P * (dP - delta)
+    dQ = softmax_scale * dS K                     dK = softmax_scale * dS^T Q
+
+Saved: Q, K, V, O, LSE (float32) and the dropout seed: O(T) memory. With n pairs of a query and a key it sees, forward
+is 4 n D FLOPs a head and backward 14 n D: S and dP are computed twice, once for dQ and once for dK and dV, so that each
+gradient has one writer and no atomics. Forward reads Q, K, V and writes O: 2 B (T H + S Hkv) D elements, and what tiles
+of queries read of K and V again comes from cache.
+
 Shapes: B batch, T query length, S key length, H query heads, Hkv key/value heads (H a multiple of Hkv), D head dim.
 """
 
 import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _dispatch
+from . import _dispatch, _philox, _triton
+from ._philox import keep
+from ._triton import tl, triton
 
 Window = tuple[int | None, int | None]
 
+MAX_HEAD_DIM = 256
 
-def visible_keys(
-    T: int, S: int, *, causal: bool, window_size: Window, key_padding_mask: Tensor | None, device: torch.device
-) -> Tensor | None:
+
+# ---- reference
+
+
+def visible_keys(T: int, S: int, window: Window, padding: Tensor | None, device: torch.device) -> Tensor | None:
     """Which key each query may see: bool, broadcastable to [B, 1, T, S]; None where every query sees every key."""
-    left, right = window_size
-    if causal:
-        right = 0
+    left, right = window
     visible = None
     if (right is not None and T > 1) or left is not None:
         # distance of key s from query t, bottom-right aligned: 0 on the diagonal, positive in the future
@@ -37,10 +53,46 @@ def visible_keys(
         if left is not None:
             visible &= distance >= -left
         visible = visible[None, None]
-    if key_padding_mask is not None:
-        padding = key_padding_mask[:, None, None, :]
-        visible = padding if visible is None else visible & padding
+    if padding is not None:
+        visible = padding[:, None, None] if visible is None else visible & padding[:, None, None]
     return visible
+
+
+def _scores(q: Tensor, k: Tensor, window: Window, softmax_scale: float, padding: Tensor | None) -> Tensor:
+    """softmax_scale * Q K^T, -inf where masked: [B, H, T, S]."""
+    if padding is not None:  # 0 * NaN is NaN: what padding holds must not reach a product
+        k = k.masked_fill(~padding[:, :, None, None], 0.0)
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+    scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * softmax_scale
+    visible = visible_keys(q.shape[1], k.shape[1], window, padding, q.device)
+    return scores if visible is None else scores.masked_fill(~visible, -math.inf)
+
+
+def _probs(scores: Tensor, lse: Tensor) -> Tensor:
+    return (scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp()  # -inf - -inf would be NaN
+
+
+def _reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: Window,
+    softmax_scale: float,
+    dropout_p: float,
+    padding: Tensor | None,
+    kept: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    scores = _scores(q, k, window, softmax_scale, padding)
+    lse = scores.logsumexp(-1)
+    probs = _probs(scores, lse)
+    if kept is not None:
+        probs = probs.masked_fill(~kept, 0.0) / (1 - dropout_p)
+    elif dropout_p:
+        probs = F.dropout(probs, dropout_p)
+    if padding is not None:
+        v = v.masked_fill(~padding[:, :, None, None], 0.0)
+    v = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
+    return (probs @ v.transpose(1, 2)).transpose(1, 2), lse, probs
 
 
 def attention_reference(
@@ -53,43 +105,35 @@ def attention_reference(
     dropout_p: float = 0.0,
     key_padding_mask: Tensor | None = None,
     window_size: Window = (None, None),
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(O [B, T, H, D], LSE [B, H, T], dropout(P) [B, H, T, S]) by the formula, in the precision of the input."""
-    T, H, D = q.shape[1:]
-    S, Hkv = k.shape[1:3]
-    if key_padding_mask is not None:  # 0 * NaN is NaN: what padding holds must not reach the product with P
-        k = k.masked_fill(~key_padding_mask[:, :, None, None], 0.0)
-        v = v.masked_fill(~key_padding_mask[:, :, None, None], 0.0)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if Hkv != H:
-        k, v = (x.repeat_interleave(H // Hkv, dim=1) for x in (k, v))
-    scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(D) if softmax_scale is None else softmax_scale)  # [B, H, T, S]
-    visible = visible_keys(
-        T, S, causal=causal, window_size=window_size, key_padding_mask=key_padding_mask, device=q.device
-    )
-    if visible is not None:
-        scores = scores.masked_fill(~visible, -math.inf)
-    lse = scores.logsumexp(-1)
-    probs = (scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp()
-    probs = F.dropout(probs, dropout_p) if dropout_p else probs
-    return (probs @ v).transpose(1, 2), lse, probs
+    """(O [B, T, H, D], LSE [B, H, T], dropout(P) [B, H, T, S]) by the formula, in the precision of the input.
+
+    ``kept``, bool [B, H, T, S], is the dropout mask; None draws one. Other arguments as ``flash_attention``.
+    """
+    padding = None if key_padding_mask is None else _as_mask(key_padding_mask, k)
+    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
+    return _reference(q, k, v, _window_of(causal, window_size), scale, dropout_p, padding, kept)
 
 
-def _attention_sdpa(q, k, v, *, causal, softmax_scale, dropout_p, key_padding_mask, window_size):
-    """O [B, T, H, D] by PyTorch's fused attention."""
+# ---- PyTorch's fused attention
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, window: Window, softmax_scale: float, dropout_p: float, padding: Tensor | None
+) -> Tensor:
+    """O [B, T, H, D] by ``F.scaled_dot_product_attention``."""
     T, S = q.shape[1], k.shape[1]
-    if key_padding_mask is not None:
-        k = k.masked_fill(~key_padding_mask[:, :, None, None], 0.0)
-        v = v.masked_fill(~key_padding_mask[:, :, None, None], 0.0)
-    plain_causal = causal and T == S > 1 and key_padding_mask is None and window_size == (None, None)
-    visible = empty = None
-    if not plain_causal:
-        visible = visible_keys(
-            T, S, causal=causal, window_size=window_size, key_padding_mask=key_padding_mask, device=q.device
-        )
-        if visible is not None:  # a softmax over no key at all would be NaN: let such a query see all, then clear it
-            empty = ~visible.any(-1, keepdim=True)  # [B, 1, T, 1]
-            visible = visible | empty
+    if padding is not None:
+        k = k.masked_fill(~padding[:, :, None, None], 0.0)
+        v = v.masked_fill(~padding[:, :, None, None], 0.0)
+    # PyTorch's kernel for CPUs gives NaN for is_causal and a scale that is not positive
+    plain_causal = T == S > 1 and padding is None and window == (None, 0) and softmax_scale > 0
+    visible = None if plain_causal else visible_keys(T, S, window, padding, q.device)
+    empty = None
+    if visible is not None:  # a softmax over no key at all would be NaN: let such a query see all, then clear it
+        empty = ~visible.any(-1, keepdim=True)  # [B, 1, T, 1]
+        visible = visible | empty
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -105,6 +149,722 @@ def _attention_sdpa(q, k, v, *, causal, softmax_scale, dropout_p, key_padding_ma
     return out.transpose(1, 2)
 
 
+# ---- configs
+
+
+@dataclass(frozen=True)
+class Config:
+    """A tile of ``block_m`` queries by ``block_n`` keys, and the bounds that the compile gate holds its code to."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    registers: int = 255  # at most, a thread
+    blocks: int = 1  # at least, an SM
+
+
+CONFIGS: dict[tuple[str, str, int], Config] = {}
+
+INTERPRETER = {  # small and oblong: few elements make several tiles, and a mix-up of M and N shows
+    "forward": Config(32, 16, 4, 1),
+    "backward_dq": Config(16, 32, 4, 1),
+    "backward_dkv": Config(16, 32, 4, 1),
+}
+
+
+def config(kernel: str, q: Tensor) -> Config:
+    """The table's row for ``kernel``, "forward", "backward_dq" or "backward_dkv", on q's device, dtype and head dim."""
+    target = _triton.target(q.device)
+    if target == "interpreter":
+        return INTERPRETER[kernel]
+    precision = "float32" if q.dtype == torch.float32 else "half"
+    return CONFIGS[kernel, precision, max(64, triton.next_power_of_2(q.shape[-1]))]
+
+
+# ---- parts that forward and backward share
+
+# The kernels work in units of log2(e), for exp2 is the instruction that there is: lse2 is log2(e) * LSE.
+LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
+LN2 = math.log(2)
+
+# Integers that vary from call to call: specialising on what divides them would compile a kernel twice for nothing.
+VARYING = ["T", "S", "rows", "H", "left", "right", "stride_pb"]
+
+
+@triton.jit
+def _sequence(cu_seqlens, b, length):
+    """(index in the batch, first row, rows) of sequence b: (b, 0, length), or its part of all laid end to end."""
+    first = 0
+    if cu_seqlens is not None:
+        first = tl.load(cu_seqlens + b).to(tl.int64)
+        length = (tl.load(cu_seqlens + b + 1) - first).to(tl.int32)
+        b = 0
+    return b, first, length
+
+
+@triton.jit
+def _load_rows(base, rows, stride, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[len(rows), BLOCK_D] of a [*, D] matrix: zeros beyond D and where ``inside`` is False; None: all are inside."""
+    d = tl.arange(0, BLOCK_D)[None, :]
+    pointers = base + rows.to(tl.int64)[:, None] * stride + d
+    if inside is not None:
+        tile = tl.load(pointers, mask=inside[:, None] & (d < D), other=0.0)
+    elif D < BLOCK_D:
+        tile = tl.load(pointers, mask=d < D, other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def _store_rows(tile, base, rows, stride, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)[None, :]
+    pointers = base + rows.to(tl.int64)[:, None] * stride + d
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=inside[:, None] & (d < D))
+
+
+@triton.jit
+def _keys_inside(padding, n, S, MASKED: tl.constexpr):
+    """Which keys exist and are no padding; None where all are."""
+    inside = None
+    if padding is not None:
+        inside = tl.load(padding + n, mask=n < S, other=0) != 0
+    elif MASKED:
+        inside = n < S
+    return inside
+
+
+@triton.jit
+def _window(scores, distance, left, right):
+    """Scores, -inf where a key's ``distance`` from its query's own position is outside [-left, right]."""
+    if left is not None:
+        scores = tl.where(distance >= -left, scores, -float("inf"))
+    if right is not None:
+        scores = tl.where(distance <= right, scores, -float("inf"))
+    return scores
+
+
+@triton.jit
+def _key_range(m0, T, S, left, right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(lo, clear, hi): a tile's queries see keys in [lo, hi), and each of them sees all of [lo, clear)."""
+    lo = 0
+    clear = S
+    hi = S
+    if right is not None:
+        clear = tl.minimum(S, tl.maximum(0, m0 + S - T + right + 1))
+        hi = tl.minimum(S, tl.maximum(0, m0 + BLOCK_M + S - T + right))
+    clear = clear // BLOCK_N * BLOCK_N
+    if left is not None:  # both edges cross: all of it is masked
+        lo = tl.maximum(0, m0 + S - T - left) // BLOCK_N * BLOCK_N
+        clear = lo
+    return lo, clear, hi
+
+
+@triton.jit
+def _query_range(n0, T, S, left, right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(lo, clear, hi): a tile's keys are seen by queries in [lo, hi), and each of them by all of [clear, hi)."""
+    lo = 0
+    clear = 0
+    hi = T
+    if right is not None:
+        lo = tl.maximum(0, n0 - (S - T) - right) // BLOCK_M * BLOCK_M
+        clear = tl.cdiv(tl.maximum(0, n0 + BLOCK_N - 1 - (S - T) - right), BLOCK_M) * BLOCK_M
+    if left is not None:
+        hi = tl.minimum(T, tl.maximum(0, n0 + BLOCK_N - (S - T) + left))
+        clear = tl.cdiv(hi, BLOCK_M) * BLOCK_M
+    return lo, clear, hi
+
+
+# ---- forward: one program for a tile of queries of one head
+
+
+@triton.jit
+def _attend(
+    acc, row_max, row_sum, q,
+    k, v, padding, seed, stride_ks, stride_vs,
+    m, row, lo, hi, offset, S, left, right, scale_log2, dropout_p,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over keys lo … hi - 1. MASKED: some of them are not there, or not visible to some query."""
+    for n0 in range(lo, hi, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        inside = _keys_inside(padding, n, S, MASKED)
+        keys = _load_rows(k, n, stride_ks, inside, D, BLOCK_D)
+        scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        if inside is not None:
+            scores = tl.where(inside[None, :], scores, -float("inf"))
+        if MASKED:
+            scores = _window(scores, n[None, :] - m[:, None] - offset, left, right)
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
+        shift = new_max
+        if inside is not None:  # a query that has seen no key yet: -inf - -inf would be NaN
+            shift = tl.where(new_max == -float("inf"), 0.0, new_max)
+        probs = tl.exp2(scores * scale_log2 - shift[:, None])
+        alpha = tl.exp2(row_max - shift)
+        row_sum = row_sum * alpha + tl.sum(probs, 1)
+        if seed is not None:
+            probs = tl.where(keep(seed, row[:, None], n[None, :], dropout_p), probs, 0.0)
+        values = _load_rows(v, n, stride_vs, inside, D, BLOCK_D)
+        acc = tl.dot(probs.to(values.dtype), values, acc * alpha[:, None], input_precision=PRECISION)
+        row_max = new_max
+    return acc, row_max, row_sum
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _attention_forward(
+    q, k, v, out, lse2,  # [B, T, H, D], [B, S, Hkv, D] twice, [B, T, H, D], float32 [B, H, rows]
+    cu_seqlens_q, cu_seqlens_k, padding, seed,  # int32 [B + 1] twice, bool [B, S], int64 [1]; each may be None
+    T, S, rows, H,  # lengths (the longest of several sequences), length of q's second dimension, query heads
+    stride_qb, stride_qt, stride_qh,
+    stride_kb, stride_ks, stride_kh,
+    stride_vb, stride_vs, stride_vh,
+    stride_ob, stride_ot, stride_oh,
+    stride_pb,
+    scale, dropout_p, left, right,
+    GROUP: tl.constexpr,  # query heads to a key head
+    PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(T, BLOCK_M)
+    head = tl.program_id(0) // tiles
+    m0 = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M  # heaviest first: the last queries see most keys
+    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    row = head.to(tl.int64) * T + m0 + tl.arange(0, BLOCK_M)  # of the dropout mask
+    _, first_q, T = _sequence(cu_seqlens_q, b, T)
+    b, first_k, S = _sequence(cu_seqlens_k, b, S)
+    if m0 >= T:
+        return
+    q += b * stride_qb + first_q * stride_qt + h * stride_qh
+    k += b * stride_kb + first_k * stride_ks + h // GROUP * stride_kh
+    v += b * stride_vb + first_k * stride_vs + h // GROUP * stride_vh
+    out += b * stride_ob + first_q * stride_ot + h * stride_oh
+    lse2 += (b * H + h) * rows + first_q
+    if padding is not None:
+        padding += b * stride_pb
+    if seed is not None:
+        seed = tl.load(seed)
+
+    m = m0 + tl.arange(0, BLOCK_M)
+    queries = _load_rows(q, m, stride_qt, m < T, D, BLOCK_D)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    lo, clear, hi = _key_range(m0, T, S, left, right, BLOCK_M, BLOCK_N)
+    acc, row_max, row_sum = _attend(
+        acc, row_max, row_sum, queries, k, v, padding, seed, stride_ks, stride_vs,
+        m, row, lo, clear, S - T, S, left, right, scale * LOG2E, dropout_p, False, PRECISION, D, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
+    acc, row_max, row_sum = _attend(
+        acc, row_max, row_sum, queries, k, v, padding, seed, stride_ks, stride_vs,
+        m, row, clear, hi, S - T, S, left, right, scale * LOG2E, dropout_p, True, PRECISION, D, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
+    empty = row_sum == 0.0  # such a query sees no key
+    acc = acc / tl.where(empty, 1.0, row_sum * (1.0 - dropout_p))[:, None]
+    _store_rows(acc, out, m, stride_ot, m < T, D, BLOCK_D)
+    tl.store(lse2 + m, tl.where(empty, -float("inf"), row_max + tl.log2(row_sum)), mask=m < T)
+
+
+# ---- backward
+
+
+@triton.jit
+def _load_lse2(lse2, m, inside):
+    """log2(e) * LSE, but inf for a query that sees no key or is not there, so that its P is 0."""
+    value = tl.load(lse2 + m, mask=inside, other=float("inf"))
+    return tl.where(value == -float("inf"), float("inf"), value)
+
+
+@triton.jit
+def _accumulate_dq(
+    acc, q, do, lse2, delta,
+    k, v, padding, seed, stride_ks, stride_vs,
+    m, row, lo, hi, offset, S, left, right, scale_log2, dropout_p,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    for n0 in range(lo, hi, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        inside = _keys_inside(padding, n, S, MASKED)
+        keys = _load_rows(k, n, stride_ks, inside, D, BLOCK_D)
+        scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        if inside is not None:
+            scores = tl.where(inside[None, :], scores, -float("inf"))
+        if MASKED:
+            scores = _window(scores, n[None, :] - m[:, None] - offset, left, right)
+        probs = tl.exp2(scores * scale_log2 - lse2[:, None])
+        values = _load_rows(v, n, stride_vs, inside, D, BLOCK_D)
+        dprobs = tl.dot(do, tl.trans(values), input_precision=PRECISION)
+        if seed is not None:
+            kept = keep(seed, row[:, None], n[None, :], dropout_p)
+            dprobs = tl.where(kept, dprobs / (1.0 - dropout_p), 0.0)
+        dscores = probs * (dprobs - delta[:, None])
+        acc = tl.dot(dscores.to(keys.dtype), keys, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _attention_backward_dq(
+    q, k, v, out, dout, lse2, dlse2, dq, delta,  # as in forward; delta float32 [B, H, rows], written here for dK and dV
+    cu_seqlens_q, cu_seqlens_k, padding, seed,
+    T, S, rows, H,
+    stride_qb, stride_qt, stride_qh,
+    stride_kb, stride_ks, stride_kh,
+    stride_vb, stride_vs, stride_vh,
+    stride_ob, stride_ot, stride_oh,
+    stride_dob, stride_dot, stride_doh,
+    stride_dqb, stride_dqt, stride_dqh,
+    stride_pb,
+    scale, dropout_p, left, right,
+    GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(T, BLOCK_M)
+    head = tl.program_id(0) // tiles
+    m0 = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
+    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    row = head.to(tl.int64) * T + m0 + tl.arange(0, BLOCK_M)
+    _, first_q, T = _sequence(cu_seqlens_q, b, T)
+    b, first_k, S = _sequence(cu_seqlens_k, b, S)
+    if m0 >= T:
+        return
+    q += b * stride_qb + first_q * stride_qt + h * stride_qh
+    k += b * stride_kb + first_k * stride_ks + h // GROUP * stride_kh
+    v += b * stride_vb + first_k * stride_vs + h // GROUP * stride_vh
+    out += b * stride_ob + first_q * stride_ot + h * stride_oh
+    dout += b * stride_dob + first_q * stride_dot + h * stride_doh
+    dq += b * stride_dqb + first_q * stride_dqt + h * stride_dqh
+    lse_row = (b * H + h) * rows + first_q
+    if padding is not None:
+        padding += b * stride_pb
+    if seed is not None:
+        seed = tl.load(seed)
+
+    m = m0 + tl.arange(0, BLOCK_M)
+    queries = _load_rows(q, m, stride_qt, m < T, D, BLOCK_D)
+    do = _load_rows(dout, m, stride_dot, m < T, D, BLOCK_D)
+    row_lse2 = _load_lse2(lse2 + lse_row, m, m < T)
+    row_delta = tl.sum(_load_rows(out, m, stride_ot, m < T, D, BLOCK_D).to(tl.float32) * do.to(tl.float32), 1)
+    if dlse2 is not None:
+        row_delta -= tl.load(dlse2 + lse_row + m, mask=m < T, other=0.0) * LOG2E
+    tl.store(delta + lse_row + m, row_delta, mask=m < T)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    lo, clear, hi = _key_range(m0, T, S, left, right, BLOCK_M, BLOCK_N)
+    acc = _accumulate_dq(
+        acc, queries, do, row_lse2, row_delta, k, v, padding, seed, stride_ks, stride_vs,
+        m, row, lo, clear, S - T, S, left, right, scale * LOG2E, dropout_p, False, PRECISION, D, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
+    acc = _accumulate_dq(
+        acc, queries, do, row_lse2, row_delta, k, v, padding, seed, stride_ks, stride_vs,
+        m, row, clear, hi, S - T, S, left, right, scale * LOG2E, dropout_p, True, PRECISION, D, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
+    _store_rows(acc * scale, dq, m, stride_dqt, m < T, D, BLOCK_D)
+
+
+@triton.jit
+def _accumulate_dkv(
+    acc_k, acc_v, keys, values,
+    q, dout, lse2, delta, seed, stride_qt, stride_dot,
+    n, row0, lo, hi, offset, T, left, right, scale_log2, dropout_p,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Everything is transposed, so that the keys are the rows of each product."""
+    for m0 in range(lo, hi, BLOCK_M):
+        m = m0 + tl.arange(0, BLOCK_M)
+        queries = _load_rows(q, m, stride_qt, m < T, D, BLOCK_D)
+        scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        if MASKED:
+            scores = _window(scores, n[:, None] - m[None, :] - offset, left, right)
+        probs = tl.exp2(scores * scale_log2 - _load_lse2(lse2, m, m < T)[None, :])
+        do = _load_rows(dout, m, stride_dot, m < T, D, BLOCK_D)
+        dprobs = tl.dot(values, tl.trans(do), input_precision=PRECISION)
+        dropped = probs
+        if seed is not None:
+            kept = keep(seed, row0 + m[None, :], n[:, None], dropout_p)
+            dropped = tl.where(kept, probs / (1.0 - dropout_p), 0.0)
+            dprobs = tl.where(kept, dprobs / (1.0 - dropout_p), 0.0)
+        acc_v = tl.dot(dropped.to(do.dtype), do, acc_v, input_precision=PRECISION)
+        dscores = probs * (dprobs - tl.load(delta + m, mask=m < T, other=0.0)[None, :])
+        acc_k = tl.dot(dscores.to(queries.dtype), queries, acc_k, input_precision=PRECISION)
+    return acc_k, acc_v
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _attention_backward_dkv(
+    q, k, v, dout, lse2, delta, dk, dv,  # one program for a tile of keys of one key head, over its group of query heads
+    cu_seqlens_q, cu_seqlens_k, padding, seed,
+    T, S, rows, H,
+    stride_qb, stride_qt, stride_qh,
+    stride_kb, stride_ks, stride_kh,
+    stride_vb, stride_vs, stride_vh,
+    stride_dob, stride_dot, stride_doh,
+    stride_dkb, stride_dks, stride_dkh,
+    stride_dvb, stride_dvs, stride_dvh,
+    stride_pb,
+    scale, dropout_p, left, right,
+    GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(S, BLOCK_N)
+    head = tl.program_id(0) // tiles
+    n0 = tl.program_id(0) % tiles * BLOCK_N  # heaviest first: most queries see the first keys
+    b, h_kv = (head // (H // GROUP)).to(tl.int64), (head % (H // GROUP)).to(tl.int64)
+    first_row = (b * H + h_kv * GROUP) * T  # of the dropout mask
+    longest = T
+    _, first_q, T = _sequence(cu_seqlens_q, b, T)
+    b, first_k, S = _sequence(cu_seqlens_k, b, S)
+    if n0 >= S:
+        return
+    k += b * stride_kb + first_k * stride_ks + h_kv * stride_kh
+    v += b * stride_vb + first_k * stride_vs + h_kv * stride_vh
+    dk += b * stride_dkb + first_k * stride_dks + h_kv * stride_dkh
+    dv += b * stride_dvb + first_k * stride_dvs + h_kv * stride_dvh
+    if padding is not None:
+        padding += b * stride_pb
+    if seed is not None:
+        seed = tl.load(seed)
+
+    n = n0 + tl.arange(0, BLOCK_N)
+    inside = _keys_inside(padding, n, S, True)
+    keys = _load_rows(k, n, stride_ks, inside, D, BLOCK_D)
+    values = _load_rows(v, n, stride_vs, inside, D, BLOCK_D)
+    acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    acc_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    lo, clear, hi = _query_range(n0, T, S, left, right, BLOCK_M, BLOCK_N)
+    for g in range(GROUP):
+        h = h_kv * GROUP + g
+        head_q = q + b * stride_qb + first_q * stride_qt + h * stride_qh
+        head_dout = dout + b * stride_dob + first_q * stride_dot + h * stride_doh
+        lse_row = (b * H + h) * rows + first_q
+        acc_k, acc_v = _accumulate_dkv(
+            acc_k, acc_v, keys, values, head_q, head_dout, lse2 + lse_row, delta + lse_row, seed, stride_qt, stride_dot,
+            n, first_row + g * longest, lo, tl.minimum(clear, hi), S - T, T, left, right, scale * LOG2E, dropout_p,
+            True, PRECISION, D, BLOCK_D, BLOCK_M,
+        )  # fmt: skip
+        acc_k, acc_v = _accumulate_dkv(
+            acc_k, acc_v, keys, values, head_q, head_dout, lse2 + lse_row, delta + lse_row, seed, stride_qt, stride_dot,
+            n, first_row + g * longest, clear, hi, S - T, T, left, right, scale * LOG2E, dropout_p,
+            False, PRECISION, D, BLOCK_D, BLOCK_M,
+        )  # fmt: skip
+    # K of a padded slot was read as 0, so its P is not 0: its gradients are
+    acc_k = tl.where(inside[:, None], acc_k * scale, 0.0)
+    acc_v = tl.where(inside[:, None], acc_v, 0.0)
+    _store_rows(acc_k, dk, n, stride_dks, n < S, D, BLOCK_D)
+    _store_rows(acc_v, dv, n, stride_dvs, n < S, D, BLOCK_D)
+
+
+# ---- launchers
+
+
+def _strides(*tensors: Tensor | None) -> tuple[int, ...]:
+    """Batch, length and head strides of each [B, T, H, D] tensor."""
+    return tuple(stride for x in tensors if x is not None for stride in x.stride()[:3])
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _constants(kernel: str, q: Tensor, k: Tensor) -> dict[str, int | str | bool]:
+    row, D = config(kernel, q), q.shape[-1]
+    return {
+        "GROUP": q.shape[2] // k.shape[2],
+        "PRECISION": _triton.dot_precision(q),
+        "D": D,
+        "BLOCK_D": max(16, triton.next_power_of_2(D)),
+        "BLOCK_M": row.block_m,
+        "BLOCK_N": row.block_n,
+        "num_warps": row.num_warps,
+        "num_stages": row.num_stages,
+        "enable_fp_fusion": True,
+    }
+
+
+def _forward(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, left, right, dropout_p, seed, padding
+):
+    """(O [B, T, H, D], log2(e) * LSE float32 [B, H, T]). With cu_seqlens, B is 1 and T, S are the totals."""
+    B, rows, H = q.shape[:3]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse2 = torch.empty((B, H, rows), dtype=torch.float32, device=q.device)
+    if q.numel() == 0 or k.numel() == 0:
+        return out.zero_(), lse2.fill_(-math.inf)
+    q, k, v = (_rows_contiguous(x) for x in (q, k, v))
+    constants = _constants("forward", q, k)
+    sequences = B if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+    grid = (triton.cdiv(max_seqlen_q, constants["BLOCK_M"]) * sequences * H,)
+    with _triton.on(q):
+        _attention_forward[grid](
+            q, k, v, out, lse2, cu_seqlens_q, cu_seqlens_k, padding, seed, max_seqlen_q, max_seqlen_k, rows, H,
+            *_strides(q, k, v, out), 0 if padding is None else padding.stride(0),
+            scale, dropout_p, left, right, **constants,
+        )  # fmt: skip
+    return out, lse2
+
+
+def _backward(
+    dout, dlse2, q, k, v, out, lse2, dq, dk, dv,
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, left, right, dropout_p, seed, padding,
+):  # fmt: skip
+    """Writes dq, dk, dv, which are shaped like q, k, v and have rows of stride 1."""
+    if q.numel() == 0 or k.numel() == 0:
+        for gradient in (dq, dk, dv):
+            gradient.zero_()
+        return
+    B, rows, H = q.shape[:3]
+    q, k, v, dout = (_rows_contiguous(x) for x in (q, k, v, dout))
+    dlse2 = None if dlse2 is None else dlse2.contiguous()
+    delta = torch.empty(lse2.shape, dtype=torch.float32, device=q.device)
+    sequences = B if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+    optional = (cu_seqlens_q, cu_seqlens_k, padding, seed, max_seqlen_q, max_seqlen_k, rows, H)
+    scalars = (0 if padding is None else padding.stride(0), scale, dropout_p, left, right)
+    with _triton.on(q):
+        constants = _constants("backward_dq", q, k)
+        grid = (triton.cdiv(max_seqlen_q, constants["BLOCK_M"]) * sequences * H,)
+        _attention_backward_dq[grid](
+            q, k, v, out, dout, lse2, dlse2, dq, delta, *optional,
+            *_strides(q, k, v, out, dout, dq), *scalars, **constants,
+        )  # fmt: skip
+        constants = _constants("backward_dkv", q, k)
+        grid = (triton.cdiv(max_seqlen_k, constants["BLOCK_N"]) * sequences * k.shape[2],)
+        _attention_backward_dkv[grid](
+            q, k, v, dout, lse2, delta, dk, dv, *optional,
+            *_strides(q, k, v, dout, dk, dv), *scalars, **constants,
+        )  # fmt: skip
+
+
+# ---- registration: three operators without autograd of their own, and two autograd functions over them
+
+HOW = (
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, "
+    "SymInt? left, SymInt? right, float dropout_p, Tensor? seed, Tensor? key_padding_mask"
+)
+SAVED = "Tensor dout, Tensor? dlse2, Tensor out, Tensor lse2"
+_library = torch.library.Library("gptfast", "FRAGMENT")
+_library.define(f"attention_forward(Tensor q, Tensor k, Tensor v, {HOW}) -> (Tensor, Tensor)")
+_library.define(f"attention_backward({SAVED}, Tensor q, Tensor k, Tensor v, {HOW}) -> (Tensor, Tensor, Tensor)")
+_library.define(f"attention_backward_qkvpacked({SAVED}, Tensor qkv, {HOW}) -> Tensor")
+
+
+def _backward_separate(dout, dlse2, out, lse2, q, k, v, *how):
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    _backward(dout, dlse2, q, k, v, out, lse2, dq, dk, dv, *how)
+    return dq, dk, dv
+
+
+def _backward_packed(dout, dlse2, out, lse2, qkv, *how):
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    q, k, v = qkv.unbind(2)
+    dq, dk, dv = dqkv.unbind(2)
+    _backward(dout, dlse2, q, k, v, out, lse2, dq, dk, dv, *how)
+    return dqkv
+
+
+for _device in ("CPU", "CUDA"):  # CPU: under the interpreter
+    _library.impl("attention_forward", _forward, _device)
+    _library.impl("attention_backward", _backward_separate, _device)
+    _library.impl("attention_backward_qkvpacked", _backward_packed, _device)
+
+
+@torch.library.register_fake("gptfast::attention_forward", lib=_library)
+def _(q, k, v, *how):
+    B, T, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
+
+
+@torch.library.register_fake("gptfast::attention_backward", lib=_library)
+def _(dout, dlse2, out, lse2, q, k, v, *how):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+@torch.library.register_fake("gptfast::attention_backward_qkvpacked", lib=_library)
+def _(dout, dlse2, out, lse2, qkv, *how):
+    return qkv.new_empty(qkv.shape)
+
+
+class _Attention(torch.autograd.Function):
+    """(q, k, v, *how) -> (out, lse2), how as in ``HOW``. Saves q, k, v, out, lse2 and the tensors among how."""
+
+    @staticmethod
+    def forward(q, k, v, *how):
+        return torch.ops.gptfast.attention_forward.default(q, k, v, *how)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _save(ctx, inputs[:3], inputs[3:], output)
+
+    @staticmethod
+    def backward(ctx, dout, dlse2):
+        saved = _saved(ctx, dout, dlse2)
+        gradients = torch.ops.gptfast.attention_backward.default(*saved)
+        return *_once_differentiable(gradients, saved), *[None] * N_HOW
+
+
+class _AttentionQKVPacked(torch.autograd.Function):
+    """As ``_Attention``, of qkv [B, T, 3, H, D] and into one gradient of that shape."""
+
+    @staticmethod
+    def forward(qkv, *how):
+        return torch.ops.gptfast.attention_forward.default(*qkv.unbind(2), *how)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _save(ctx, inputs[:1], inputs[1:], output)
+
+    @staticmethod
+    def backward(ctx, dout, dlse2):
+        saved = _saved(ctx, dout, dlse2)
+        gradient = torch.ops.gptfast.attention_backward_qkvpacked.default(*saved)
+        return *_once_differentiable((gradient,), saved), *[None] * N_HOW
+
+
+class _RefuseSecondOrder(torch.autograd.Function):
+    """(n, *gradients, *what they depend on) -> the n gradients, in a graph whose backward is an error."""
+
+    @staticmethod
+    def forward(n, *tensors):
+        return tuple(x.view_as(x) for x in tensors[:n])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("the Triton attention kernels have no second derivative; backend='reference' has")
+
+
+N_HOW = HOW.count(",") + 1
+
+
+def _once_differentiable(gradients: tuple[Tensor, ...], arguments: tuple) -> tuple[Tensor, ...]:
+    """The gradients, so that to differentiate them again is an error also where no incoming gradient needs one.
+
+    torch's once_differentiable sees the incoming gradients alone: out.sum() would pass in silence.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # not create_graph=True; compiled graphs refuse it
+        return gradients
+    return _RefuseSecondOrder.apply(len(gradients), *gradients, *(x for x in arguments if isinstance(x, Tensor)))
+
+
+def _save(ctx, tensors, how, output):
+    cu_seqlens_q, cu_seqlens_k, *numbers, seed, padding = how
+    ctx.save_for_backward(*output, *tensors, cu_seqlens_q, cu_seqlens_k, seed, padding)
+    ctx.numbers = numbers
+    ctx.set_materialize_grads(False)
+
+
+def _saved(ctx, dout, dlse2):
+    """The arguments of the backward operator."""
+    out, lse2, *tensors, cu_seqlens_q, cu_seqlens_k, seed, padding = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    return dout, dlse2, out, lse2, *tensors, cu_seqlens_q, cu_seqlens_k, *ctx.numbers, seed, padding
+
+
+# ---- public functions
+
+
+def _cannot(q: Tensor, softmax_scale: float) -> str | None:
+    """Why our kernels cannot take a call; None if they can."""
+    if reason := _triton.why_not(q):
+        return reason
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"head dim {q.shape[-1]} is above {MAX_HEAD_DIM}"
+    if not softmax_scale > 0:
+        return f"softmax_scale must be above 0, got {softmax_scale}"
+    return None
+
+
+def _slower(q: Tensor, plain: bool) -> str | None:
+    """Why "auto" leaves a call that our kernels can take to PyTorch; None if it does not.
+
+    Nothing has been timed on a GPU yet. So "auto" takes our kernels only for half precision calls that PyTorch has no
+    fused attention for: with a mask, a window or T != S it reads a mask of T x S from memory, to return the LSE it runs
+    unfused, and several sequences it runs one after the other.
+    """
+    if plain:
+        return "not timed yet against PyTorch's fused attention, which takes this call"
+    if q.dtype == torch.float32:
+        return "not timed yet in float32"
+    return None
+
+
+def _choose(
+    op: str, q: Tensor, softmax_scale: float, plain: bool, deterministic: bool | None, backend: str
+) -> str:  # fmt: skip
+    slower = None if deterministic else _slower(q, plain)
+    chosen = _dispatch.select(op, backend, _cannot(q, softmax_scale), slower)
+    if deterministic and chosen == "torch" and q.is_cuda and torch.is_grad_enabled():
+        raise RuntimeError(f"{op}: deterministic=True, which backend 'torch' does not promise on a GPU")
+    return chosen
+
+
+def _how(q, T, S, window, softmax_scale, dropout_p, padding=None, cu_seqlens_q=None, cu_seqlens_k=None) -> tuple:
+    """The operators' arguments that ``HOW`` names."""
+    left, right = window
+    left = None if left is None or left >= S else left  # a bound that nothing is beyond
+    right = None if right is None or right >= T else right
+    seed = _philox.draw_seed(q.device) if dropout_p else None
+    return cu_seqlens_q, cu_seqlens_k, T, S, softmax_scale, left, right, dropout_p, seed, padding
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, how: tuple) -> tuple[Tensor, Tensor]:
+    """(O, log2(e) * LSE) by our kernels, with what backward needs only where a gradient is wanted."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Attention.apply(q, k, v, *how)
+    return torch.ops.gptfast.attention_forward.default(q, k, v, *how)
+
+
+def _flash_qkvpacked(qkv: Tensor, how: tuple) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and qkv.requires_grad:
+        return _AttentionQKVPacked.apply(qkv, *how)
+    return torch.ops.gptfast.attention_forward.default(*qkv.unbind(2), *how)
+
+
+def _attention(
+    op: str,
+    qkv: Tensor | None,  # what q, k and v are views of, if they are
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    softmax_scale: float | None,
+    dropout_p: float,
+    key_padding_mask: Tensor | None,
+    window_size: Window,
+    return_lse: bool,
+    deterministic: bool | None,
+    backend: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    _check(q, k, v, window_size, dropout_p)
+    T, S = q.shape[1], k.shape[1]
+    padding = None if key_padding_mask is None else _as_mask(key_padding_mask, k)
+    window = _window_of(causal, window_size)
+    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
+    plain = padding is None and window in ((None, None), (None, 0)) and (T == S or not causal) and not return_lse
+    chosen = _choose(op, q, scale, plain, deterministic, backend)
+    if chosen == "torch" and not return_lse:
+        return _sdpa(q, k, v, window, scale, dropout_p, padding)
+    if chosen == "triton":
+        how = _how(q, T, S, window, scale, dropout_p, padding)
+        out, lse2 = _flash(q, k, v, how) if qkv is None else _flash_qkvpacked(qkv, how)
+        return (out, lse2 * LN2) if return_lse else out
+    out, lse, _ = _reference(q, k, v, window, scale, dropout_p, padding)
+    return (out, lse.float()) if return_lse else out
+
+
+@overload
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., softmax_scale: float | None = ...,
+    dropout_p: float = ..., key_padding_mask: Tensor | None = ..., window_size: Window = ...,
+    return_lse: Literal[False] = ..., deterministic: bool | None = ..., backend: str = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., softmax_scale: float | None = ...,
+    dropout_p: float = ..., key_padding_mask: Tensor | None = ..., window_size: Window = ...,
+    return_lse: Literal[True], deterministic: bool | None = ..., backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -116,50 +876,89 @@ def flash_attention(
     key_padding_mask: Tensor | None = None,
     window_size: Window = (None, None),
     return_lse: bool = False,
+    deterministic: bool | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of queries ``q`` over keys ``k`` and values ``v``.
 
     Args:
-        q: [B, T, H, D], floating point.
+        q: [B, T, H, D], floating point. Under autocast q, k and v are cast to its dtype.
         k, v: [B, S, Hkv, D], q's dtype. H must be a multiple of Hkv.
         causal: query t sees keys up to t + S - T.
         softmax_scale: 1 / sqrt(D) if None.
         dropout_p: probability of zeroing an attention weight, in [0, 1). Pass 0 outside training.
-        key_padding_mask: bool [B, S], True where the key takes part. What the other slots hold, NaN included, has no
-            effect.
+        key_padding_mask: bool [B, S], True where the key takes part; or integer [B], how many of the first keys do.
+            What the other slots hold, NaN included, has no effect.
         window_size: (left, right): query t sees keys from t + S - T - left to t + S - T + right; None is unbounded.
         return_lse: also return the logsumexp of the scores.
+        deterministic: True: gradients are the same bits in each run, or an error says that the backend cannot promise
+            it. None and False allow a backward without that promise; the Triton kernels have none.
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
-        O [B, T, H, D] in q's dtype, or (O, LSE [B, H, T] float32) with ``return_lse=True``.
+        O [B, T, H, D] in q's dtype, or (O, LSE [B, H, T] float32) with ``return_lse=True``. Both are differentiable, by
+        the Triton kernels once: to differentiate their gradients is an error.
 
     Raises:
-        ValueError: a shape, ``dropout_p`` or ``window_size`` is not accepted. TypeError: dtypes differ, or the mask is
-        not bool. RuntimeError: the backend asked for cannot run.
+        ValueError: a shape, a device, ``dropout_p`` or ``window_size`` is not accepted. TypeError: a dtype is not, or
+        dtypes differ. RuntimeError: the backend asked for cannot run, or not deterministically.
     """
-    _check(q, k, v, key_padding_mask, window_size, dropout_p)
-    how = {
-        "causal": causal,
-        "softmax_scale": softmax_scale,
-        "dropout_p": dropout_p,
-        "key_padding_mask": key_padding_mask,
-        "window_size": window_size,
-    }
-    if _dispatch.select("flash_attention", backend, _dispatch.NOT_YET) == "reference" or return_lse:
-        out, lse, _ = attention_reference(q, k, v, **how)
-        return (out, lse.float()) if return_lse else out
-    return _attention_sdpa(q, k, v, **how)
+    q, k, v = _triton.autocast(q, k, v)
+    return _attention(
+        "flash_attention", None, q, k, v, causal, softmax_scale, dropout_p, key_padding_mask, window_size,
+        return_lse, deterministic, backend,
+    )  # fmt: skip
 
 
-def flash_attention_qkvpacked(qkv: Tensor, **how) -> Tensor | tuple[Tensor, Tensor]:
-    """``flash_attention`` of a packed projection qkv [B, T, 3, H, D], read in place. Keywords as ``flash_attention``."""
+@overload
+def flash_attention_qkvpacked(
+    qkv: Tensor, *, causal: bool = ..., softmax_scale: float | None = ...,
+    dropout_p: float = ..., key_padding_mask: Tensor | None = ..., window_size: Window = ...,
+    return_lse: Literal[False] = ..., deterministic: bool | None = ..., backend: str = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def flash_attention_qkvpacked(
+    qkv: Tensor, *, causal: bool = ..., softmax_scale: float | None = ...,
+    dropout_p: float = ..., key_padding_mask: Tensor | None = ..., window_size: Window = ...,
+    return_lse: Literal[True], deterministic: bool | None = ..., backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def flash_attention_qkvpacked(
+    qkv: Tensor,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    key_padding_mask: Tensor | None = None,
+    window_size: Window = (None, None),
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``flash_attention`` of a packed projection qkv [B, T, 3, H, D], read in place; its gradient is one tensor too."""
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv must be [B, T, 3, H, D], got shape {list(qkv.shape)}")
-    return flash_attention(*qkv.unbind(2), **how)
+    (qkv,) = _triton.autocast(qkv)
+    q, k, v = qkv.unbind(2)
+    return _attention(
+        "flash_attention_qkvpacked", qkv, q, k, v, causal, softmax_scale, dropout_p, key_padding_mask, window_size,
+        return_lse, deterministic, backend,
+    )  # fmt: skip
 
 
+@overload
+def flash_attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    *, causal: bool = ..., softmax_scale: float | None = ...,
+    dropout_p: float = ..., window_size: Window = ...,
+    return_lse: Literal[False] = ..., deterministic: bool | None = ..., backend: str = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def flash_attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    *, causal: bool = ..., softmax_scale: float | None = ...,
+    dropout_p: float = ..., window_size: Window = ...,
+    return_lse: Literal[True], deterministic: bool | None = ..., backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def flash_attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -173,67 +972,136 @@ def flash_attention_varlen(
     softmax_scale: float | None = None,
     dropout_p: float = 0.0,
     window_size: Window = (None, None),
+    return_lse: bool = False,
+    deterministic: bool | None = None,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over sequences laid end to end, each seeing only itself.
 
     Args:
         q: [total_q, H, D]. k, v: [total_k, Hkv, D].
-        cu_seqlens_q, cu_seqlens_k: int32 [B + 1], where each sequence starts, and the total at the end.
-        max_seqlen_q, max_seqlen_k: the longest sequence.
-        causal, softmax_scale, dropout_p, window_size, backend: as ``flash_attention``.
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 [B + 1], where each sequence starts, and the total at the end.
+        max_seqlen_q, max_seqlen_k: the longest sequence. What the Triton kernels read on a GPU is not checked against
+            it, which would be a synchronisation: of a longer sequence they leave the rest out.
+        causal, softmax_scale, dropout_p, window_size, return_lse, deterministic, backend: as ``flash_attention``.
 
     Returns:
-        [total_q, H, D] in q's dtype.
+        [total_q, H, D] in q's dtype, or (it, LSE [H, total_q] float32) with ``return_lse=True``.
 
     Raises:
         ValueError: the lengths do not fit the tensors. Otherwise as ``flash_attention``.
     """
-    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for name, starts, total in (("cu_seqlens_q", starts_q, len(q)), ("cu_seqlens_k", starts_k, len(k))):
-        if not starts or starts[0] != 0 or starts[-1] != total or starts != sorted(starts):
-            raise ValueError(f"{name} must rise from 0 to the total, {total}, got {starts}")
-    if len(starts_q) != len(starts_k):
-        raise ValueError(f"cu_seqlens_q has {len(starts_q)} entries, cu_seqlens_k has {len(starts_k)}")
-    for name, starts, longest in (("q", starts_q, max_seqlen_q), ("k", starts_k, max_seqlen_k)):
-        actual = max((b - a for a, b in zip(starts, starts[1:], strict=False)), default=0)
-        if actual > longest:
-            raise ValueError(f"max_seqlen_{name} is {longest}, but a sequence has {actual} positions")
-    out = [
-        flash_attention(
-            q[None, a:b],
-            k[None, c:d],
-            v[None, c:d],
-            causal=causal,
-            softmax_scale=softmax_scale,
-            dropout_p=dropout_p,
-            window_size=window_size,
-            backend=backend,
-        )[0]
-        for a, b, c, d in zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False)
-    ]
-    return torch.cat(out) if out else torch.zeros_like(q)
+    q, k, v = _triton.autocast(q, k, v)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 3:
+            raise ValueError(f"{name} must be [total, heads, head dim], got shape {list(x.shape)}")
+    _check(q[None], k[None], v[None], window_size, dropout_p)
+    window = _window_of(causal, window_size)
+    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
+    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if cu.ndim != 1 or len(cu) == 0 or len(cu) != len(cu_seqlens_q):
+            raise ValueError(f"{name} must be [B + 1], the same for q and k, got shape {list(cu.shape)}")
+        if cu.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} must be int32 or int64, got {cu.dtype}")
+    chosen = _choose("flash_attention_varlen", q, scale, False, deterministic, backend)
+    if chosen == "triton" and q.is_cuda:
+        starts_q = starts_k = []
+    else:
+        starts_q = _starts("q", cu_seqlens_q, len(q), max_seqlen_q)
+        starts_k = _starts("k", cu_seqlens_k, len(k), max_seqlen_k)
+    if chosen == "triton":
+        how = _how(q, max_seqlen_q, max_seqlen_k, window, scale, dropout_p, None, cu_seqlens_q, cu_seqlens_k)
+        out, lse2 = (x[0] for x in _flash(q[None], k[None], v[None], how))
+        return (out, lse2 * LN2) if return_lse else out
+    outs, lses = [q[:0]], [q.new_empty(q.shape[1], 0)]
+    for (a, b), (c, d) in zip(pairwise(starts_q), pairwise(starts_k), strict=True):
+        one = q[None, a:b], k[None, c:d], v[None, c:d]
+        if chosen == "torch" and not return_lse:
+            outs.append(_sdpa(*one, window, scale, dropout_p, None)[0])
+        else:
+            out, lse, _ = _reference(*one, window, scale, dropout_p, None)
+            outs.append(out[0])
+            lses.append(lse[0])
+    return (torch.cat(outs), torch.cat(lses, 1).float()) if return_lse else torch.cat(outs)
 
 
-def _check(q, k, v, key_padding_mask, window_size, dropout_p):
+def attention_probs(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    window_size: Window = (None, None),
+) -> Tensor:
+    """The attention weights that ``flash_attention(..., return_lse=True)`` did not store: exp(S - LSE), before dropout.
+
+    Args:
+        q: [B, T, H, D]. k: [B, S, Hkv, D]. lse: [B, H, T], as flash_attention returned it for the same arguments.
+        causal, softmax_scale, key_padding_mask, window_size: as there.
+
+    Returns:
+        [B, H, T, S] in q's dtype, computed in float32. Differentiable in q, k and lse, and so exactly in q and k.
+
+    Raises:
+        ValueError, TypeError: as ``flash_attention``, or ``lse`` does not fit.
+    """
+    q, k = _triton.autocast(q, k)
+    _check(q, k, k, window_size, 0.0)
+    if lse.shape != (q.shape[0], q.shape[2], q.shape[1]):
+        raise ValueError(f"lse must be [B, H, T] = {[q.shape[0], q.shape[2], q.shape[1]]}, got {list(lse.shape)}")
+    padding = None if key_padding_mask is None else _as_mask(key_padding_mask, k)
+    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = _scores(q.to(wide), k.to(wide), _window_of(causal, window_size), scale, padding)
+    return _probs(scores, lse).to(q.dtype)
+
+
+def _starts(name: str, cu_seqlens: Tensor, total: int, longest: int) -> list[int]:
+    """``cu_seqlens`` as a list, checked."""
+    starts = cu_seqlens.tolist()
+    if starts[0] != 0 or starts[-1] != total or starts != sorted(starts):
+        raise ValueError(f"cu_seqlens_{name} must rise from 0 to the total, {total}, got {starts}")
+    actual = max((b - a for a, b in pairwise(starts)), default=0)
+    if actual > longest:
+        raise ValueError(f"max_seqlen_{name} is {longest}, but a sequence has {actual} positions")
+    return starts
+
+
+def _window_of(causal: bool, window_size: Window) -> Window:
+    return (window_size[0], 0) if causal else window_size
+
+
+def _as_mask(key_padding_mask: Tensor, k: Tensor) -> Tensor:
+    """bool [B, S], of a mask or of lengths."""
+    B, S = k.shape[:2]
+    if key_padding_mask.dtype == torch.bool:
+        if key_padding_mask.shape != (B, S):
+            raise ValueError(f"key_padding_mask must be [B, S] = {[B, S]}, got shape {list(key_padding_mask.shape)}")
+        return key_padding_mask
+    if key_padding_mask.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"key_padding_mask must be bool, or int32 or int64 lengths, got {key_padding_mask.dtype}")
+    if key_padding_mask.shape != (B,):
+        raise ValueError(f"key_padding_mask of lengths must be [B] = [{B}], got shape {list(key_padding_mask.shape)}")
+    return torch.arange(S, device=k.device) < key_padding_mask[:, None]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, window_size: Window, dropout_p: float) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} must be [batch, length, heads, head dim], got shape {list(x.shape)}")
         if x.dtype != q.dtype:
             raise TypeError(f"{name} is {x.dtype}, but q is {q.dtype}")
+    _dispatch.check_floats(q=q, k=k, v=v)
     if k.shape != v.shape:
         raise ValueError(f"k and v must have one shape, got {list(k.shape)} and {list(v.shape)}")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q and k must agree in batch and head dim, got {list(q.shape)} and {list(k.shape)}")
+    if q.shape[3] == 0:
+        raise ValueError("q must have a head dim of at least 1, got 0")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(f"q's heads must be a multiple of k's, got {q.shape[2]} and {k.shape[2]}")
-    if key_padding_mask is not None:
-        if key_padding_mask.dtype != torch.bool:
-            raise TypeError(f"key_padding_mask must be bool, got {key_padding_mask.dtype}")
-        if key_padding_mask.shape != k.shape[:2]:
-            raise ValueError(
-                f"key_padding_mask must be [B, S] = {list(k.shape[:2])}, got shape {list(key_padding_mask.shape)}"
-            )
     if len(window_size) != 2 or any(w is not None and w < 0 for w in window_size):
         raise ValueError(f"window_size must be two numbers >= 0 or None, got {window_size}")
     _dispatch.check_dropout(dropout_p)

@@ -5,7 +5,10 @@ from torch import Tensor
 
 
 def assert_no_worse_than_torch(name: str, ours: Tensor, torchs: Tensor, oracle: Tensor, *, factor: float = 2.0) -> None:
-    """Asserts max |ours - oracle| <= factor * max |torchs - oracle| + one unit in the last place of the largest value.
+    """Asserts max |ours - oracle| <= factor * max |torchs - oracle| + a unit in the last place of the largest value.
+
+    Four units in float32: the largest of a few hundred errors is noise there, and of two correct ways to compute a sum
+    one errs more than twice the other in a tenth of all small problems.
 
     Args:
         name: what is compared, for the message.
@@ -21,7 +24,7 @@ def assert_no_worse_than_torch(name: str, ours: Tensor, torchs: Tensor, oracle: 
     torch_error = (torchs.double() - oracle).abs().masked_fill(torchs.double() == oracle, 0.0)
     finite = oracle[oracle.isfinite()].abs()
     ulp = torch.finfo(ours.dtype).eps * (finite.max() if finite.numel() else 0.0)
-    bound = factor * torch_error.max() + ulp
+    bound = factor * torch_error.max() + (4 if ours.dtype == torch.float32 else 1) * ulp
     assert error.max() <= bound, (  # a NaN fails too
         f"{name}: error {error.max():.3e}, torch's {torch_error.max():.3e}, bound {bound:.3e}, "
         f"at {[int(i) for i in (error.nan_to_num(torch.inf) == error.nan_to_num(torch.inf).max()).nonzero()[0]]} "
