@@ -199,6 +199,7 @@ def train(args: argparse.Namespace) -> None:
             resid_pdrop=args.dropout,
             embd_pdrop=args.dropout,
             attn_pdrop=args.attention_dropout,
+            initializer_range=args.initializer_range,
         )
         model = OpenAIGPTLMHeadModel(config)
     model.to(_device(args))
@@ -391,8 +392,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the matmuls; float32 if not given")
     sub.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
     sub.add_argument("--steps", type=int, required=True)
-    sub.add_argument("--batch-size", type=int, default=16)
-    sub.add_argument("--context", type=int, default=256, help="tokens a sequence")
+    sub.add_argument("--batch-size", type=int, default=4)
+    sub.add_argument("--context", type=int, default=512, help="tokens a sequence")
     sub.add_argument("--learning-rate", type=float, default=1e-3)
     sub.add_argument("--warmup-steps", type=int, default=100)
     sub.add_argument("--weight-decay", type=float, default=0.1)
@@ -406,11 +407,12 @@ def _parser() -> argparse.ArgumentParser:
     new = sub.add_argument_group("a new model")
     new.add_argument("--vocab-size", type=int, default=4096)
     new.add_argument("--n-positions", type=int, default=512)
-    new.add_argument("--n-embd", type=int, default=256)
+    new.add_argument("--n-embd", type=int, default=192)
     new.add_argument("--n-layer", type=int, default=6)
-    new.add_argument("--n-head", type=int, default=4)
-    new.add_argument("--dropout", type=float, default=0.1)
+    new.add_argument("--n-head", type=int, default=3)
+    new.add_argument("--dropout", type=float, default=0.0)
     new.add_argument("--attention-dropout", type=float, default=0.0, help="0 keeps a CPU on its fused attention")
+    new.add_argument("--initializer-range", type=float, default=0.06, help="about 1 / sqrt(n-embd); GPT-1 has 0.02")
     sub.add_argument("--json", action="store_true", help="print one JSON object, no progress bar")
 
     sub = command("explain", explain_command, "Which backend runs each op, and why a faster one does not.")

@@ -37,8 +37,8 @@ class Settings:
     """What decides the numbers of a run; resuming under others is refused."""
 
     steps: int
-    batch_size: int = 16
-    context: int = 256  # tokens a sequence
+    batch_size: int = 4
+    context: int = 512  # tokens a sequence
     learning_rate: float = 1e-3  # at its highest
     warmup_steps: int = 100
     weight_decay: float = 0.1  # of matrices; gains and biases are left alone
