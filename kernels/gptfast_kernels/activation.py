@@ -53,7 +53,7 @@ def gelu_reference(x: Tensor, *, bias: Tensor | None = None, approximate: str = 
 @dataclass(frozen=True)
 class Config:
     elements: int  # of a tile
-    width: int  # its columns, at most, where there is a bias and so rows
+    width: int  # its columns, at most, where rows are told apart
     warps: int
 
 
@@ -187,16 +187,16 @@ def _tile(how: Config, N: int, rows: bool) -> tuple[int, int]:
     return how.elements // block, block
 
 
-def _views(bias: Tensor | None, *tensors: Tensor) -> list[Tensor]:
-    """The tensors as [M, C]; as one row where there is no bias to need the columns, and their strides allow it."""
-    if bias is None and all(x.is_contiguous() for x in tensors):
+def _views(columns: bool, *tensors: Tensor) -> list[Tensor]:
+    """The tensors as [M, C]; as one row where the columns do not matter, and their strides allow it."""
+    if not columns and all(x.is_contiguous() for x in tensors):
         return [x.view(1, -1) for x in tensors]
     return [as_rows(x) for x in tensors]
 
 
 def _forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     y = _forward_fake(x, bias, approximate)
-    (x,) = _views(bias, x)
+    (x,) = _views(bias is not None, x)
     M, N = x.shape
     if M and N:
         rows, block = _tile(FORWARD, N, M > 1)
@@ -223,7 +223,7 @@ def _forward_fake(x, bias, approximate):
 def _backward(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str, need_dbias: bool) -> tuple[Tensor, Tensor]:
     """(dx in x's dtype, dbias in float32, empty if not needed)."""
     dx = x.new_empty(x.shape)
-    dy, x = _views(bias, dy, x)
+    dy, x = _views(bias is not None or need_dbias, dy, x)
     M, N = x.shape
     partial = None
     if M and N:

@@ -1,0 +1,31 @@
+"""Embeddings: what the kernels compile to, and what the tests must notice."""
+
+import torch
+
+from gptfast_kernels import embeddings
+from tests.support.compile_gate import Case, Expect, Sweep
+from tests.support.mutants import Mutant
+
+KERNELS = {
+    "_embedding_forward_kernel": Expect(matrix=False),
+    "_embedding_gather_kernel": Expect(matrix=False),
+    "_embedding_join_kernel": Expect(matrix=False),
+}
+
+
+def run(dtype: torch.dtype, *, dropout_p: float = 0.0, T: int = 64) -> None:
+    ids = torch.zeros(2, T, dtype=torch.int64)
+    token_weight, position_weight = torch.empty(100, 768, dtype=dtype), torch.empty(512, 768, dtype=dtype)
+    seed = torch.zeros(1, dtype=torch.int64) if dropout_p else None
+    y = embeddings._forward(ids, token_weight, position_weight, None, ids, seed, dropout_p)
+    embeddings._backward(y, ids.flatten(), ids.flatten(), seed, dropout_p, 100, dtype)
+
+
+CASES = [
+    Case("bfloat16 dropout", lambda: run(torch.bfloat16, dropout_p=0.1), lambda target: KERNELS),
+    Case("float32", lambda: run(torch.float32), lambda target: KERNELS),
+]
+SWEEPS = [
+    Sweep("T 1 to 512", lambda T: run(torch.bfloat16, T=T), range(1, 513), dict.fromkeys(KERNELS, 1)),
+]
+MUTANTS: list[Mutant] = []

@@ -1,0 +1,32 @@
+"""linear_gelu: what its kernel compiles to, and what its tests must notice."""
+
+import torch
+
+from gptfast_kernels import projection
+from tests.support.compile_gate import Case, Expect, Sweep
+from tests.support.mutants import Mutant
+
+
+def run(dtype: torch.dtype, *, approximate: str = "tanh", conv1d: bool = False, want_z: bool = True, M: int = 256):
+    x = torch.empty(M, 768, dtype=dtype)
+    weight = torch.empty(768, 3072, dtype=dtype).t() if conv1d else torch.empty(3072, 768, dtype=dtype)
+    projection._forward(x, weight, torch.empty(3072, dtype=dtype), approximate, want_z)
+
+
+def half(target: str):
+    return {"_linear_gelu_kernel": Expect(matrix=True)}
+
+
+def single(target: str):  # IEEE float32 has no matrix instruction on CUDA
+    return {"_linear_gelu_kernel": Expect(matrix=False)}
+
+
+CASES = [
+    Case("bfloat16", lambda: run(torch.bfloat16), half),
+    Case("bfloat16 conv1d exact", lambda: run(torch.bfloat16, approximate="none", conv1d=True), half),
+    Case("float32", lambda: run(torch.float32), single),
+]
+SWEEPS = [
+    Sweep("rows 1 to 512", lambda M: run(torch.bfloat16, M=M), range(1, 513), {"_linear_gelu_kernel": 1}),
+]
+MUTANTS: list[Mutant] = []
