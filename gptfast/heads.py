@@ -331,7 +331,7 @@ class OpenAIGPTForSequenceClassification(OpenAIGPTPreTrainedModel):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         shape = text_shape(input_ids, inputs_embeds)
         if shape is not None:
-            if len(shape) != 2:
+            if input_ids is not None and len(shape) != 2:
                 raise ValueError(f"input_ids must be [B, T], got shape {list(shape)}")
             if self.config.pad_token_id is None and shape[0] != 1:
                 raise ValueError("Cannot handle batch sizes > 1 if no padding token is defined.")

@@ -69,7 +69,7 @@ def check_text(
     if inputs_embeds is not None:
         _check_embeds(inputs_embeds, table)
     if not shape or 0 in shape:
-        raise ValueError(f"{name} must hold at least one row and one position, got shape {list(shape)}")
+        raise ValueError(f"{name} must hold at least one row and one position, got {list(shape)}")
     T = shape[-1]
     if n_positions < T:
         raise ValueError(f"{name} has {T} positions, accepted are at most n_positions = {n_positions}")
@@ -98,8 +98,8 @@ def _check_embeds(inputs_embeds: Tensor, table: Tensor) -> None:
     C, dtype = table.shape[1], inputs_embeds.dtype
     if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != C:
         raise ValueError(f"inputs_embeds must be [B, T, {C}], got shape {list(inputs_embeds.shape)}")
-    autocast = torch.is_autocast_enabled(inputs_embeds.device.type)
-    if not dtype.is_floating_point or not (autocast or torch.promote_types(dtype, table.dtype) == table.dtype):
+    fits = torch.promote_types(dtype, table.dtype) == table.dtype or torch.is_autocast_enabled(table.device.type)
+    if not dtype.is_floating_point or not fits:
         raise TypeError(f"inputs_embeds must be {table.dtype} as the weights are, got {dtype}")
 
 
