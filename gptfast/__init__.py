@@ -12,16 +12,10 @@ from .heads import OpenAIGPTDoubleHeadsModel, OpenAIGPTForSequenceClassification
 from .model import OpenAIGPTModel
 from .outputs import OpenAIGPTDoubleHeadsModelOutput
 from .pretrained import OpenAIGPTPreTrainedModel
+from .tokenizer import OpenAIGPTTokenizer
+from .tokenizer_fast import OpenAIGPTTokenizerFast
 
 __version__ = "0.1.0"
-
-
-def __getattr__(name: str):
-    if name in ("OpenAIGPTTokenizer", "OpenAIGPTTokenizerFast"):
-        from . import tokenizer
-
-        return getattr(tokenizer, name)
-    raise AttributeError(f"module 'gptfast' has no attribute {name!r}")
 
 
 __all__ = [
