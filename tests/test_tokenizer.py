@@ -419,7 +419,7 @@ print(json.dumps(out))
     "missing", [[], ["ftfy"], ["spacy"], ["ftfy", "spacy"]], ids=lambda names: "+".join(names) or "none"
 )
 def test_with_and_without_ftfy_and_spacy(tmp_path, missing):
-    if not missing and not has_spacy:
+    if len(missing) < 2 and not has_spacy:
         pytest.skip("ftfy and spaCy are not installed")
     make("basic").save_pretrained(tmp_path)
     config = tmp_path / "tokenizer_config.json"
