@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from gptfast_kernels import _dispatch, get_default_backend, layer_norm, use_backend
+from gptfast_kernels import _dispatch, _triton, get_default_backend, layer_norm, use_backend
 
 
 @pytest.mark.parametrize(
@@ -21,12 +21,19 @@ from gptfast_kernels import _dispatch, get_default_backend, layer_norm, use_back
         ("reference", "no GPU", None, "reference"),
     ],
 )
-def test_select(asked, cannot, slower, chosen):
+def test_select(asked, cannot, slower, chosen, monkeypatch):
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
     with _dispatch.record() as choices:
         assert _dispatch.select("op", asked, cannot, slower) == chosen
     (choice,) = choices
     assert (choice.op, choice.backend) == ("op", chosen)
     assert bool(choice.reason) == (chosen != "triton")
+
+
+def test_auto_never_takes_an_interpreted_kernel(monkeypatch):
+    monkeypatch.setattr(_triton, "INTERPRETED", True)
+    assert _dispatch.select("op", "auto", None) == "torch"
+    assert _dispatch.select("op", "triton", None) == "triton"
 
 
 def test_triton_that_cannot_run_raises_and_says_why():

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from . import _triton
+
 BACKENDS = ("auto", "triton", "torch", "reference")
 
 
@@ -76,7 +78,7 @@ def select(op: str, backend: str, cannot: str | None, slower: str | None = None)
     asked = _default if backend == "auto" else _check(backend, "backend")
     if asked == "triton" and cannot:
         raise RuntimeError(f"{op}: backend='triton' cannot run here: {cannot}")
-    why_not = cannot or slower
+    why_not = cannot or slower or ("interpreted kernels are for tests" if _triton.INTERPRETED else None)
     chosen = asked if asked != "auto" else "torch" if why_not else "triton"
     if _log is not None:
         reason = why_not if asked == "auto" else f"backend={asked!r} was asked for"
