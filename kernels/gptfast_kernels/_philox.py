@@ -31,8 +31,8 @@ def keep(seed, row, column, dropout_p):
 
 @triton.jit
 def keep_block(seed, row, start, dropout_p, BLOCK: tl.constexpr):
-    """``keep`` for columns start … start + BLOCK - 1, both multiples of 4, with four columns to a draw: another mask than
-    ``keep``'s, at a quarter of its work. It is what the memory-bound kernels can afford.
+    """As ``keep`` for columns start … start + BLOCK - 1, start and BLOCK multiples of 4, with four columns to a draw:
+    another mask, at a quarter of the work, which is what a kernel bound by memory can afford.
 
     row: int64 [ROWS, 1]. Returns [ROWS, BLOCK].
     """

@@ -5,8 +5,8 @@
 
 GPT-1 has no table of token types: they are rows of the token table. Forward reads each row once and writes y.
 
-Backward adds up, for each row of a table, the rows of dropout(dy) that looked it up, in the order of their positions, so
-that it is deterministic and needs no atomics. The ids are sorted, which lays equal ids side by side, in runs:
+Backward adds up, for each row of a table, the rows of dropout(dy) that looked it up, in the order of their positions:
+deterministic, and without atomics. The ids are sorted, which lays equal ids side by side, in runs:
 
     gather  a program adds up CHUNK sorted rows. A run that lies inside them is a finished row of the gradient. One that
             began before leaves its sum in head[chunk]; one that begins here and goes on leaves it in tail[chunk].
@@ -59,7 +59,8 @@ class Config:
     warps: int
 
 
-FORWARD = Config(rows=4, width=1024, warps=4)
+# Compiled for four targets, not timed.
+FORWARD = Config(rows=4, width=1024, warps=4)  # at most 106 registers, 4 blocks an SM
 GATHER = Config(rows=32, width=1024, warps=4)  # few partial sums, and at 32k tokens still 8 programs an SM
 JOIN = Config(rows=1, width=1024, warps=4)
 
@@ -145,7 +146,7 @@ def _embedding_gather_kernel(
     before = tl.load(Ids + first - 1, mask=first > 0, other=-1)
     began_here = tl.load(Ids + first) != before
     total = tl.zeros([1, BLOCK], tl.float32)
-    for i in range(0, CHUNK):
+    for i in range(CHUNK):
         n = first + i
         row = tl.load(Order + n, mask=n < R, other=0) % M
         dy = tl.load(DY + row * stride_dy + column, mask=(column < N) & (n < R), other=0.0).to(tl.float32)
@@ -165,13 +166,13 @@ def _embedding_gather_kernel(
         began_here = began_here | ends
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit
 def _embedding_join_kernel(
     Ids,  # [R], sorted
+    Ends,  # [R // CHUNK]: where the run of a chunk's last id ends
     DWeight,  # [size, N]
     Head,  # [chunks, N]
     Tail,  # [chunks, N]
-    R,
     N,
     size,
     CHUNK: tl.constexpr,
@@ -183,18 +184,14 @@ def _embedding_join_kernel(
     chunk = (program // across).to(tl.int64)
     column = (program % across) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     first = chunk * CHUNK
-    after = first + CHUNK
 
-    token = tl.load(Ids + after - 1, mask=after < R, other=-1)
+    token = tl.load(Ids + first + CHUNK - 1)
     before = tl.load(Ids + first - 1, mask=first > 0, other=-1)
-    follows = tl.load(Ids + after, mask=after < R, other=-2)
-    if (token == follows) & (token != before) & (token >= 0) & (token < size):
+    end = tl.load(Ends + chunk)
+    if (end > first + CHUNK) & (token != before) & (token >= 0) & (token < size):
         total = tl.load(Tail + chunk * N + column, mask=column < N, other=0.0)
-        while follows == token:
-            chunk += 1
-            after += CHUNK
-            total += tl.load(Head + chunk * N + column, mask=column < N, other=0.0)
-            follows = tl.load(Ids + after, mask=after < R, other=-2)
+        for following in range(chunk + 1, tl.cdiv(end, CHUNK)):
+            total += tl.load(Head + following * N + column, mask=column < N, other=0.0)
         tl.store(DWeight + token.to(tl.int64) * N + column, total, mask=column < N)
 
 
@@ -252,8 +249,8 @@ def _forward_fake(input_ids, token_weight, position_weight, position_ids, token_
 def _backward(
     dy: Tensor, ids: Tensor, order: Tensor, seed: Tensor | None, dropout_p: float, size: int, dtype: torch.dtype
 ) -> Tensor:
-    """The gradient [size, C] of a table, from dy [..., C], the sorted ids [R] that looked it up, and the rows [R] of dy,
-    modulo their number, in which they stood."""
+    """The gradient [size, C] of a table, from dy [..., C], the sorted ids [R] that looked it up, and the rows [R] of
+    dy, modulo their number, in which they stood."""
     N, R = dy.shape[-1], len(ids)
     dweight = dy.new_zeros((size, N), dtype=dtype)
     if N and R:
@@ -279,18 +276,20 @@ def _backward(
                 BLOCK=_block(GATHER, N),
                 num_warps=GATHER.warps,
             )
-            _embedding_join_kernel[(chunks * triton.cdiv(N, _block(JOIN, N)),)](
-                ids,
-                dweight,
-                head,
-                tail,
-                R,
-                N,
-                size,
-                CHUNK=GATHER.rows,
-                BLOCK=_block(JOIN, N),
-                num_warps=JOIN.warps,
-            )
+            last = ids[GATHER.rows - 1 :: GATHER.rows].contiguous()
+            if len(last):
+                _embedding_join_kernel[(len(last) * triton.cdiv(N, _block(JOIN, N)),)](
+                    ids,
+                    torch.searchsorted(ids, last, right=True),
+                    dweight,
+                    head,
+                    tail,
+                    N,
+                    size,
+                    CHUNK=GATHER.rows,
+                    BLOCK=_block(JOIN, N),
+                    num_warps=JOIN.warps,
+                )
     return dweight
 
 
@@ -371,9 +370,9 @@ def embedding(
         [B, T, C] in the weights' dtype.
 
     Raises:
-        ValueError: a shape or a device does not fit, or T > P without ``position_ids``. TypeError: ids are not integers,
-        or weights not floating point. IndexError: an id is out of range, on a CPU; on a GPU, where reading an id back
-        costs a synchronisation, the triton backend gives NaN for it. RuntimeError: the backend asked for cannot run.
+        ValueError: a shape or a device does not fit, or T > P without ``position_ids``. TypeError: ids are not
+        integers, or weights not floating point. IndexError: an id is out of range, on a CPU; on a GPU, where reading
+        one back costs a synchronisation, the triton backend gives NaN. RuntimeError: the backend asked for cannot run.
     """
     for name, ids in (("input_ids", input_ids), ("position_ids", position_ids), ("token_type_ids", token_type_ids)):
         if ids is not None and ids.dtype not in (torch.int32, torch.int64):
@@ -391,7 +390,8 @@ def embedding(
     T, P = input_ids.shape[-1], position_weight.shape[0]
     if token_type_ids is not None and token_type_ids.shape != input_ids.shape:
         raise ValueError(
-            f"token_type_ids must have the shape of input_ids, {list(input_ids.shape)}, got {list(token_type_ids.shape)}"
+            f"token_type_ids must have the shape of input_ids, {list(input_ids.shape)}, "
+            f"got {list(token_type_ids.shape)}"
         )
     if position_ids is None:
         if T > P:

@@ -56,14 +56,16 @@ class Config:
     warps: int
 
 
-ROW = Config(block=8192, warps=8)  # 32 elements a thread, compiled, not timed: TODO
+# Compiled for four targets, not timed: at most 86 registers and 2 blocks an SM; with 8192 it was 228, and 1.
+ROW = Config(block=4096, warps=8)
 
 # Bytes of logits in a chunk, and the fewest rows that keep the matmuls at full speed.
 # 16 MiB, 256 rows: the fastest at V = 4096 and within 10 % of it at V = 40,478, of 128 to 2048 rows (2 cores).
 # 128 MiB on a GPU: each chunk reads and writes the float32 dweight once (124 MB for GPT-1), so few chunks. Not timed.
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
 MIN_ROWS = 256
-ALIGN = 64  # elements; a row of 40,478 bfloat16 ends off 16 bytes, where neither cuBLAS nor the kernel has wide accesses
+# Rows of logits start this many elements apart, or a multiple: 40,478 bfloat16 end off 16 bytes, and accesses are narrow.
+ALIGN = 64
 
 
 def rows_per_chunk(V: int, dtype: torch.dtype, device: torch.device) -> int:

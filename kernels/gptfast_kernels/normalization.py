@@ -345,7 +345,7 @@ def _backward(
     programs = min(triton.cdiv(M, rows), PROGRAMS_PER_SM * _triton.multiprocessors(x.device)) if N else 0
     dx = x.new_empty(shape, dtype=dx_dtype)
     dresidual = None if dresidual_dtype is None else x.new_empty(shape, dtype=dresidual_dtype)
-    partial = x.new_zeros if N > block else x.new_empty
+    partial = x.new_zeros if block < N else x.new_empty
     dweight = partial((programs, N), dtype=torch.float32) if need_dweight else None
     dbias = partial((programs, N), dtype=torch.float32) if need_dbias else None
     if programs:

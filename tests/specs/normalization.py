@@ -24,7 +24,7 @@ def case(name: str, width: int, dtype: torch.dtype, forward: Expect, backward: E
     return Case(name, lambda: run(width, dtype, **how), lambda target: kernels)
 
 
-def memory_bound(registers: int=255, blocks: int=1) -> Expect:
+def memory_bound(registers: int = 255, blocks: int = 1) -> Expect:
     return Expect(matrix=False, registers=registers, blocks=blocks)
 
 
@@ -37,5 +37,12 @@ CASES = [
     case("16384 bfloat16 dropout", 16384, torch.bfloat16, memory_bound(), memory_bound(), dropout_p=0.1),
     case("16384 float32 dropout", 16384, torch.float32, memory_bound(), memory_bound(), dropout_p=0.1),
 ]
-SWEEPS: list[Sweep]=[Sweep("rows 1 to 512", lambda M: run(768, torch.bfloat16, M=M), range(1, 513), {"_layer_norm_forward_kernel": 1, "_layer_norm_backward_kernel": 1})]
+SWEEPS: list[Sweep] = [
+    Sweep(
+        "rows 1 to 512",
+        lambda M: run(768, torch.bfloat16, M=M),
+        range(1, 513),
+        {"_layer_norm_forward_kernel": 1, "_layer_norm_backward_kernel": 1},
+    )
+]
 MUTANTS: list[Mutant] = []
