@@ -22,8 +22,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .tokenizer_base import END_OF_WORD, AddedToken, BatchEncoding, TokenizerBase, read_merges, read_vocab, to_list
+from .tokenizer_base import BatchEncoding, TokenizerBase, to_list
 from .tokenizer_fast import OpenAIGPTTokenizerFast
+from .tokenizer_files import END_OF_WORD, AddedToken, read_merges, read_vocab
 
 __all__ = ["AddedToken", "BatchEncoding", "OpenAIGPTTokenizer", "OpenAIGPTTokenizerFast", "train_tokenizer"]
 

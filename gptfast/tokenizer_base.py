@@ -1,7 +1,6 @@
 """What GPT-1's two tokenizers share, as HuggingFace has it: special tokens, batches, padding, truncation, files."""
 
 import dataclasses
-import json
 import logging
 import os
 import re
@@ -13,56 +12,32 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from .tokenizer_files import (
+    ADDED_NAME,
+    ALL_NAMES,
+    CONFIG_NAME,
+    MERGES_NAME,
+    SPECIAL_NAME,
+    SPECIAL_TOKENS,
+    TOKENIZER_NAME,
+    VOCAB_NAME,
+    AddedToken,
+    Merges,
+    Vocab,
+    find_vocabulary,
+    prefixed,
+    read_settings,
+    write_json,
+)
+
 logger = logging.getLogger(__name__)
 
-VOCAB_NAME, MERGES_NAME, TOKENIZER_NAME = "vocab.json", "merges.txt", "tokenizer.json"
-OPENAI_VOCAB_NAME, OPENAI_MERGES_NAME = "encoder_bpe_40000.json", "vocab_40000.bpe"
-CONFIG_NAME, SPECIAL_NAME, ADDED_NAME = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
-END_OF_WORD = "</w>"
 NO_LIMIT = int(1e30)  # HuggingFace's model_max_length where none is known; it takes all above 1e20 for that
-
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TRUNCATIONS = ("longest_first", "only_first", "only_second", "do_not_truncate")
 _PADDINGS = ("longest", "max_length", "do_not_pad")
 _CLEAN_UP = re.compile(r" (?=[.?!,])| (?=n't|'m|'s|'ve|'re)")
 
-Vocab = dict[str, int]
-Merges = list[tuple[str, str]]
 Tokenizer = TypeVar("Tokenizer", bound="TokenizerBase")
-
-
-@dataclasses.dataclass(frozen=True)
-class AddedToken:
-    """A token that is cut out of the text before anything else sees it.
-
-    Args:
-        single_word: match only between spaces. lstrip, rstrip: take the white space on that side too.
-        normalized: match in the lower-cased text; None means `not special`.
-        special: skipped by `decode(skip_special_tokens=True)`.
-    """
-
-    content: str
-    single_word: bool = False
-    lstrip: bool = False
-    rstrip: bool = False
-    normalized: bool | None = None
-    special: bool = False
-
-    def __post_init__(self) -> None:
-        if self.normalized is None:
-            object.__setattr__(self, "normalized", not self.special)
-
-    @classmethod
-    def of(cls, token: Any, special: bool = False) -> "AddedToken":
-        """From a string, one of ours, HuggingFace's object of the same name, or its JSON form."""
-        if isinstance(token, str):
-            return cls(token, special=special)
-        names = [field.name for field in dataclasses.fields(cls)]
-        form = token if isinstance(token, Mapping) else {name: getattr(token, name, None) for name in names}
-        if not isinstance(form.get("content"), str):
-            raise TypeError(f"token={token!r} must be a str or an AddedToken, not {type(token).__name__}")
-        known: dict[str, Any] = {name: form[name] for name in names if name in form}
-        return cls(**known | {"special": special or bool(known.get("special"))})
 
 
 class _SpecialToken:
@@ -229,7 +204,7 @@ class TokenizerBase(ABC):
         given = (bos_token, eos_token, unk_token, sep_token, pad_token, cls_token, mask_token)
         extra = list(additional_special_tokens or ())
         contents = (None if token is None else AddedToken.of(token).content for token in given)
-        self._special = dict(zip(_SPECIAL_TOKENS, contents, strict=True))
+        self._special = dict(zip(SPECIAL_TOKENS, contents, strict=True))
         self.additional_special_tokens = [AddedToken.of(token).content for token in extra]
 
         for index, token in sorted((int(i), AddedToken.of(token)) for i, token in (added_tokens_decoder or {}).items()):
@@ -359,13 +334,13 @@ class TokenizerBase(ABC):
         Returns:
             how many were new.
         """
-        accepted = (*_SPECIAL_TOKENS, "additional_special_tokens", "extra_special_tokens")
+        accepted = (*SPECIAL_TOKENS, "additional_special_tokens", "extra_special_tokens")
         for name in special_tokens_dict:
             if name not in accepted:
                 raise ValueError(f"special_tokens_dict has {name!r}; it accepts {', '.join(accepted)}")
         added = 0
         for name, value in special_tokens_dict.items():
-            if name in _SPECIAL_TOKENS:
+            if name in SPECIAL_TOKENS:
                 setattr(self, name, value)
                 added += self.add_tokens([AddedToken.of(value, special=True)])
                 continue
@@ -677,19 +652,17 @@ class TokenizerBase(ABC):
         """
         from .checkpoint import resolve_files
 
-        names = [VOCAB_NAME, MERGES_NAME, OPENAI_VOCAB_NAME, OPENAI_MERGES_NAME, TOKENIZER_NAME]
-        names += [CONFIG_NAME, SPECIAL_NAME, ADDED_NAME]
         files = resolve_files(
             pretrained_model_name_or_path,
-            names,
+            ALL_NAMES,
             revision=revision,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             token=token,
             subfolder=subfolder,
         )
-        vocab, merges = _find_vocabulary(files, pretrained_model_name_or_path)
-        saved = {"name_or_path": str(pretrained_model_name_or_path), **_read_settings(files)}
+        vocab, merges = find_vocabulary(files, pretrained_model_name_or_path)
+        saved = {"name_or_path": str(pretrained_model_name_or_path), **read_settings(files)}
         return cls._construct(vocab, merges, files.get(TOKENIZER_NAME), saved, kwargs)
 
     @classmethod
@@ -710,7 +683,7 @@ class TokenizerBase(ABC):
         if not folder.is_dir():
             raise ValueError(f"save_directory={str(folder)!r} must be a folder that exists")
         vocab, merges = (folder / prefixed(name, filename_prefix) for name in (VOCAB_NAME, MERGES_NAME))
-        _write_json(vocab, self.encoder)
+        write_json(vocab, self.encoder)
         lines = ["#version: 0.2", *(f"{left} {right}" for left, right in self.merges), ""]
         merges.write_text("\n".join(lines), encoding="utf-8", newline="\n")
         return str(vocab), str(merges)
@@ -729,7 +702,7 @@ class TokenizerBase(ABC):
         paths = []
         for name, content in contents.items():
             paths.append(folder / prefixed(name, filename_prefix))
-            _write_json(paths[-1], content)
+            write_json(paths[-1], content)
         return (*map(str, paths), *self.save_vocabulary(folder, filename_prefix))
 
     def _settings(self) -> dict[str, Any]:
@@ -737,91 +710,6 @@ class TokenizerBase(ABC):
         names = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces")
         settings = {name: getattr(self, name) for name in names}
         return settings | self.special_tokens_map | {"tokenizer_class": "OpenAIGPTTokenizer"}
-
-
-def read_vocab(source: Any) -> Vocab:
-    """Token to id, from a vocab.json or a mapping."""
-    vocab = dict(source) if isinstance(source, Mapping) else read_json(source)
-    ids = list(vocab.values())
-    if not all(type(index) is int and index >= 0 for index in ids) or len(set(ids)) < len(ids):
-        raise ValueError(f"{_described(source)} must map tokens to ids: ints that differ and are not negative")
-    return vocab
-
-
-def read_merges(source: Any, vocab: Vocab) -> Merges:
-    """The pairs in rank order, from a merges.txt or a list of pairs or of lines."""
-    lines = source
-    if isinstance(source, (str, os.PathLike)):
-        lines = [line for line in _read_text(source).split("\n") if line and not line.startswith("#version")]
-    pairs = [tuple(line.split(" ") if isinstance(line, str) else line) for line in lines]
-    for number, pair in enumerate(pairs, 1):
-        if len(pair) != 2 or not vocab.keys() >= {*pair, "".join(pair)}:
-            raise ValueError(
-                f"{_described(source)}, merge {number}: {' '.join(pair)!r} must be two tokens of the vocabulary "
-                "that together are one"
-            )
-    return pairs
-
-
-def read_tokenizer_json(path: Any) -> dict[str, Any]:
-    """A tokenizer.json, checked to be a byte-pair encoding in GPT-1's form."""
-    content = read_json(path)
-    model = content.get("model")
-    if not isinstance(model, dict) or model.get("type") != "BPE" or model.get("end_of_word_suffix") != END_OF_WORD:
-        raise ValueError(f"{path} is not a GPT-1 tokenizer: it must be a BPE with the suffix {END_OF_WORD!r}")
-    return content
-
-
-def read_json(path: Any) -> dict[str, Any]:
-    try:
-        content = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must be a JSON object, not {type(content).__name__}")
-    return content
-
-
-def _read_text(path: Any) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from error
-
-
-def _read_settings(files: Mapping[str, Path]) -> dict[str, Any]:
-    """The constructor's keywords out of the files that transformers 4 and 5 write."""
-    config = read_json(files[CONFIG_NAME]) if CONFIG_NAME in files else {}
-    config |= read_json(files[SPECIAL_NAME]) if SPECIAL_NAME in files else {}
-    names = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces", "tokenization")
-    settings = {name: config[name] for name in (*names, *_SPECIAL_TOKENS) if config.get(name) is not None}
-    extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []  # 4.x, 5.x
-    settings["additional_special_tokens"] = list(extra.values() if isinstance(extra, Mapping) else extra)
-
-    special = [AddedToken.of(settings[name]).content for name in _SPECIAL_TOKENS if name in settings]
-    special += [AddedToken.of(token).content for token in settings["additional_special_tokens"]]
-    added: dict[int, Any] = {}
-    if ADDED_NAME in files:  # all that transformers before 4.34 wrote
-        for token, index in read_json(files[ADDED_NAME]).items():
-            added[index] = AddedToken.of(token, special=token in special)
-    if TOKENIZER_NAME in files:
-        added |= {token["id"]: token for token in read_json(files[TOKENIZER_NAME]).get("added_tokens", ())}
-    added |= {int(index): token for index, token in config.get("added_tokens_decoder", {}).items()}
-    return settings | {"added_tokens_decoder": added}
-
-
-def _find_vocabulary(files: Mapping[str, Path], name: Any) -> tuple[Any, Any]:
-    """What `read_vocab` and `read_merges` take: two paths, or the contents of a tokenizer.json."""
-    for vocab, merges in ((VOCAB_NAME, MERGES_NAME), (OPENAI_VOCAB_NAME, OPENAI_MERGES_NAME)):
-        if vocab in files and merges in files:
-            return files[vocab], files[merges]
-    if TOKENIZER_NAME in files:
-        model = read_tokenizer_json(files[TOKENIZER_NAME])["model"]
-        return model["vocab"], model["merges"]
-    raise OSError(
-        f"{name} has no tokenizer: neither {VOCAB_NAME} and {MERGES_NAME}, "
-        f"nor {OPENAI_VOCAB_NAME} and {OPENAI_MERGES_NAME}, nor {TOKENIZER_NAME}"
-    )
 
 
 def _as_batch(text: Any, text_pair: Any, split: bool) -> tuple[bool, list[Any], list[Any] | None]:
@@ -850,16 +738,3 @@ def _as_batch(text: Any, text_pair: Any, split: bool) -> tuple[bool, list[Any], 
 
 def to_list(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _described(source: Any) -> str:
-    return str(source) if isinstance(source, (str, os.PathLike)) else type(source).__name__
-
-
-def prefixed(name: str, prefix: str | None) -> str:
-    return f"{prefix}-{name}" if prefix else name
-
-
-def _write_json(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8", newline="\n")

@@ -9,16 +9,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from .tokenizer_base import (
+from .tokenizer_base import TokenizerBase, to_list
+from .tokenizer_files import (
     END_OF_WORD,
     TOKENIZER_NAME,
     AddedToken,
-    TokenizerBase,
     prefixed,
     read_merges,
     read_tokenizer_json,
     read_vocab,
-    to_list,
 )
 
 
