@@ -11,7 +11,7 @@ demo: $(VENV)/.demo
 	$(BIN)/gptfast demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(TESTS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
