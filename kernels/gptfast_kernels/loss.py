@@ -64,7 +64,8 @@ ROW = Config(block=4096, warps=8)
 # 128 MiB on a GPU: each chunk reads and writes the float32 dweight once (124 MB for GPT-1), so few chunks. Not timed.
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
 MIN_ROWS = 256
-# Rows of logits start this many elements apart, or a multiple: 40,478 bfloat16 end off 16 bytes, and accesses are narrow.
+# Rows of logits start at multiples of this many elements: one of 40,478 bfloat16 ends off 16 bytes, and makes for
+# narrow accesses.
 ALIGN = 64
 
 

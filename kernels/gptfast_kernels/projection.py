@@ -178,7 +178,7 @@ class _LinearGelu(torch.autograd.Function):
         dz, dbias = torch.ops.gptfast.gelu_backward.default(dy, z, None, ctx.approximate, need_dbias)
         return (
             dz @ weight if need_dx else None,
-            dz.reshape(-1, dz.shape[-1]).t() @ x.reshape(-1, x.shape[-1]) if need_dweight else None,
+            as_rows(dz).t() @ as_rows(x) if need_dweight else None,
             dbias.to(dz.dtype) if need_dbias else None,
             None,
         )
