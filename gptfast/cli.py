@@ -169,7 +169,7 @@ def score(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     from .tokenizer import train_tokenizer
-    from .train import STATE_FILE, Settings, read_texts, split_held_out
+    from .train import STATE_FILE, Settings, plot_log, read_texts, split_held_out
     from .train import train as run
 
     fields = [field.name for field in dataclasses.fields(Settings) if field.name != "dtype"]
@@ -221,6 +221,8 @@ def train(args: argparse.Namespace) -> None:
         "held_out_perplexity": held_out and held_out.perplexity,
         "held_out_bits_per_byte": held_out and held_out.bits_per_byte,
     }
+    if importlib.util.find_spec("matplotlib") is not None:
+        row["loss_curve"] = str(plot_log(output))
     if args.json:
         print(json.dumps(row))
     elif held_out is not None:

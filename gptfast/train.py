@@ -243,6 +243,23 @@ def train(
     return model, score
 
 
+def plot_log(folder: str | os.PathLike) -> Path:
+    """Draws the log's losses over the steps, as loss.svg in the same folder. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in (Path(folder) / LOG_FILE).read_text().splitlines()]
+    axes = (figure := Figure(figsize=(6, 3.5), layout="constrained")).subplots()
+    for key, label, style in (("loss", "training", "-"), ("held_out_loss", "held out", "o-")):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    axes.set(xlabel="step", ylabel="loss, nats a token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture := Path(folder) / "loss.svg", metadata={"Date": None})
+    return picture
+
+
 def _encode(tokenizer: OpenAIGPTTokenizer, texts: Sequence[str], progress: bool, title: str) -> Tensor:  # int64 [N]
     ids: list[int] = []
     for text in tqdm(texts, desc=title, unit="text", disable=not progress, leave=False):
