@@ -26,6 +26,10 @@ compile-report: $(VENV)/.test
 mutants: $(VENV)/.test
 	PYTHONPATH=.:kernels $(BIN)/python -m tests.support.mutants $(MUTANTS)
 
+# Needs a GPU: the kernels' tests on it, then timings, to benchmarks/results or $OUT.
+gpu: $(VENV)/.test
+	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.gpu $(OPS)
+
 # torch first: another package's range must not choose the build.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
