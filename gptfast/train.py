@@ -4,6 +4,7 @@ The batch and the dropout of step s depend on (seed, s) alone. So a run that is 
 steps, and sees the numbers, of one that was not.
 """
 
+import copy
 import json
 import math
 import os
@@ -203,7 +204,7 @@ def train(
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
             if not math.isfinite(float(norm)):
-                raise FloatingPointError(f"step {step}: loss {float(loss)}, gradient norm {float(norm)}")
+                raise FloatingPointError(f"step {step}: loss {float(loss.detach())}, gradient norm {float(norm)}")
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.detach())
@@ -235,9 +236,7 @@ def train(
 
     model.eval()
     score = score_ids(model, held_out, text_bytes=held_out_bytes) if len(held_out) > 1 else None
-    dtype = model.dtype
-    model.half().save_pretrained(folder)
-    model.to(dtype)
+    copy.deepcopy(model).half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     state_file.unlink(missing_ok=True)
     return model, score
