@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 CONFIG_NAME = "config.json"
 
 # Other models' words for the same sizes. They work as keywords, as attributes, and in config.json.
@@ -39,7 +41,8 @@ class OpenAIGPTConfig:
         kwargs: anything else becomes an attribute and is saved, as published config.json files need.
 
     Raises:
-        TypeError: a size is not an int. ValueError: a size is not positive, or a probability not in [0, 1).
+        TypeError: a setting is of another type. ValueError: a size is not positive, a probability not in [0, 1), or
+        layer_norm_epsilon or initializer_range negative.
     """
 
     model_type = "openai-gpt"
@@ -99,9 +102,10 @@ class OpenAIGPTConfig:
         self.architectures: list[str] | None = kwargs.pop("architectures", None)
         id2label, label2id = kwargs.pop("id2label", None), kwargs.pop("label2id", None)
         num_labels = kwargs.pop("num_labels", None)
-        if id2label is None or (num_labels is not None and num_labels != len(id2label)):
+        if id2label is not None and not isinstance(id2label, Mapping):
+            raise TypeError(f"id2label must be a dict from numbers to names, got {id2label!r}")
+        if id2label is None or num_labels not in (None, len(id2label)):  # the number wins, and both maps follow it
             self.num_labels = 2 if num_labels is None else num_labels
-            self.label2id = label2id or self.label2id
         else:
             self.id2label = {int(i): label for i, label in id2label.items()}
             self.label2id = label2id or {label: i for i, label in self.id2label.items()}
@@ -118,10 +122,14 @@ class OpenAIGPTConfig:
                 raise TypeError(f"{name} must be an int, got {value!r}")
             if value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        for name in _PROBABILITIES:
+        for name in (*_PROBABILITIES, "layer_norm_epsilon", "initializer_range"):
             value = getattr(self, name)
-            if not 0 <= value < 1:
+            if not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            if name in _PROBABILITIES and not 0 <= value < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+            if not value >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         object.__setattr__(self, _ALIASES.get(name, name), value)
@@ -149,7 +157,11 @@ class OpenAIGPTConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting, as config.json holds them."""
-        return {"model_type": self.model_type, **copy.deepcopy(self.__dict__)}
+        settings = {
+            name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else copy.deepcopy(value)
+            for name, value in self.__dict__.items()
+        }
+        return {"model_type": self.model_type, **settings}
 
     def to_json_string(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
@@ -166,14 +178,15 @@ class OpenAIGPTConfig:
 
     @classmethod
     def from_json_file(cls, json_file: str | os.PathLike) -> "OpenAIGPTConfig":
-        return cls.from_dict(_read_json(Path(json_file)))
+        return cls._from_file(Path(json_file))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "OpenAIGPTConfig":
         """Reads config.json from a folder, a file or the Hub; keywords that are not for the Hub replace its entries.
 
         Raises:
-            OSError: there is no config.json. ValueError: it is not a JSON object, or not of a GPT-1.
+            OSError: there is no config.json. ValueError: it is not a JSON object, not of a GPT-1, or has a setting
+            that is not accepted. TypeError: a keyword's value is of another type.
         """
         from .checkpoint import resolve_files
 
@@ -186,7 +199,16 @@ class OpenAIGPTConfig:
             if CONFIG_NAME not in files:
                 raise OSError(f"{pretrained_model_name_or_path} has no {CONFIG_NAME}")
             path = files[CONFIG_NAME]
-        return cls.from_dict(_read_json(path), **kwargs)
+        config = cls._from_file(path)
+        return cls.from_dict(config.to_dict(), **kwargs) if kwargs else config
+
+    @classmethod
+    def _from_file(cls, path: Path) -> "OpenAIGPTConfig":
+        settings = _read_json(path)
+        try:
+            return cls.from_dict(settings)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Writes config.json into a folder, made if need be."""

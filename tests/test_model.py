@@ -137,7 +137,7 @@ def test_config_round_trips(tmp_path):
     assert c != "a config"
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '{"model_type": "gpt2"}', "\xff"])
+@pytest.mark.parametrize("text", ["", "[1]", '{"model_type": "gpt2"}', "\xff", '{"n_embd": "24"}', '{"id2label": [1]}'])
 def test_a_damaged_config_file_is_named(tmp_path, text):
     path = tmp_path / "config.json"
     path.write_bytes(text.encode("latin-1"))
@@ -155,6 +155,13 @@ def test_config_labels():
     named.num_labels = 2
     assert named.id2label[1] == "yes"
     assert gptfast.OpenAIGPTConfig.from_dict(named.to_dict()) == named
+    more = gptfast.OpenAIGPTConfig.from_dict(named.to_dict(), num_labels=3)
+    assert more.label2id == {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}
+
+
+def test_config_with_a_dtype_is_saved(tmp_path):
+    gptfast.OpenAIGPTConfig(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    assert gptfast.OpenAIGPTConfig.from_pretrained(tmp_path).dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -167,6 +174,10 @@ def test_config_labels():
         ({"n_positions": -1}, ValueError, "n_positions must be positive, got -1"),
         ({"resid_pdrop": 1.5}, ValueError, r"resid_pdrop must be in \[0, 1\), got 1.5"),
         ({"attn_pdrop": float("nan")}, ValueError, r"attn_pdrop must be in \[0, 1\), got nan"),
+        ({"embd_pdrop": "0.1"}, TypeError, "embd_pdrop must be a number, got '0.1'"),
+        ({"layer_norm_epsilon": None}, TypeError, "layer_norm_epsilon must be a number, got None"),
+        ({"initializer_range": -0.1}, ValueError, "initializer_range must be at least 0, got -0.1"),
+        ({"id2label": ["no", "yes"]}, TypeError, "id2label must be a dict from numbers to names"),
     ],
 )
 def test_bad_settings(settings, error, message):
