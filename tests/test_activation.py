@@ -91,8 +91,8 @@ def test_nothing(shape):
 
 def test_offset_beyond_two_gigabytes():
     storage = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE)  # untouched pages cost nothing
-    x = storage.as_strided((2, 8), (2**31 + 8, 1))
-    x[0], x[1] = 0.0, torch.arange(8)
+    x = storage.as_strided((3, 8), (2**30 + 8, 1))
+    x[0], x[1], x[2] = 0.0, 1.0, torch.arange(8)
     torch.testing.assert_close(gelu(x, backend="triton"), F.gelu(x, approximate="tanh"))
 
 

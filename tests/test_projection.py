@@ -86,8 +86,8 @@ def test_tf32_only_where_the_user_allows_it():
 
 def test_offset_beyond_two_gigabytes():
     storage = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE)  # untouched pages cost nothing
-    x = storage.as_strided((2, 16), (2**31 + 8, 1))
-    x[0], x[1] = 0.0, torch.arange(16)
+    x = storage.as_strided((3, 16), (2**30 + 8, 1))
+    x[0], x[1], x[2] = 0.0, 1.0, torch.arange(16)
     weight = torch.eye(16, dtype=torch.float16, device=DEVICE)
     torch.testing.assert_close(linear_gelu(x, weight, backend="triton"), F.gelu(x, approximate="tanh"))
 

@@ -31,4 +31,33 @@ SWEEPS = [
         {"_gelu_forward_kernel": 2, "_gelu_backward_kernel": 2},  # one row is worked on as no rows
     ),
 ]
-MUTANTS: list[Mutant] = []
+
+
+def mutant(name: str, old: str, new: str, tests: str) -> Mutant:
+    return Mutant(name, "kernels/gptfast_kernels/activation.py", old, new, f"tests/test_activation.py -k '{tests}'")
+
+
+MUTANTS = [
+    mutant(
+        "bias", "        x += tl.load(Bias + column", "        x += 0 * tl.load(Bias + column", "no_worse and shape3"
+    ),
+    mutant(
+        "stride of x",
+        "                M,\n                N,\n                x.stride(0),",
+        "                M,\n                N,\n                N,",
+        "any_layout",
+    ),
+    mutant("stride of dy", "                dy.stride(0),", "                N,", "any_layout"),
+    mutant(
+        "64-bit rows",
+        "row = ((program // across).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]",
+        "row = ((program // across) * ROWS + tl.arange(0, ROWS))[:, None]",
+        "beyond_two_gigabytes",
+    ),
+    mutant("clamp before the cube", "x = tl.minimum(tl.maximum(x, -64.0), 64.0)", "x = x * 1.0", "extremes"),
+    mutant("sign of z", "tl.where(z2 >= 0, r, e * r)", "r", "no_worse and shape2"),
+    mutant("slope of z", "0.134145", "0.044715", "no_worse and shape2"),
+    mutant("normal density", "gauss * 0.3989422804014327", "gauss * 0.5", "no_worse and shape2"),
+    mutant("tail", "tl.where(x < 0, tail, 1 - tail)", "1 - tl.where(x < 0, 1 - tail, tail)", "relatively_accurate"),
+    mutant("parts' sums kept apart", "DBias + part.to(tl.int64) * N", "DBias + 0 * N", "no_worse and shape3"),
+]

@@ -28,4 +28,39 @@ CASES = [
 SWEEPS = [
     Sweep("T 1 to 512", lambda T: run(torch.bfloat16, T=T), range(1, 513), dict.fromkeys(KERNELS, 1)),
 ]
-MUTANTS: list[Mutant] = []
+
+
+def mutant(name: str, old: str, new: str, tests: str) -> Mutant:
+    return Mutant(name, "kernels/gptfast_kernels/embeddings.py", old, new, f"tests/test_embeddings.py -k '{tests}'")
+
+
+MUTANTS = [
+    mutant("positions repeat", "position = row % T", "position = row * 0", "no_worse"),
+    mutant("ids out of range", "mask=mask & inside", "mask=mask", "not_read"),
+    mutant(
+        "sum that ends a chunk",
+        "ends = (n < R) & ((goes_on == 0) | (i == CHUNK - 1))",
+        "ends = (n < R) & (goes_on == 0)",
+        "runs_of",
+    ),
+    mutant(
+        "second chunk of a run",
+        "range(chunk + 1, tl.cdiv(end, CHUNK))",
+        "range(chunk + 2, tl.cdiv(end, CHUNK))",
+        "no_worse",
+    ),
+    mutant("tail of a run", "total = tl.load(Tail + chunk * N", "total = 0 * tl.load(Tail + chunk * N", "no_worse"),
+    mutant(
+        "dropout of the row looked up",
+        "row + tl.zeros([1, 1], tl.int64)",
+        "n + tl.zeros([1, 1], tl.int64)",
+        "mask_of_the_seed",
+    ),
+    mutant(
+        "token types",
+        "y += _load_rows(TokenWeight, types,",
+        "y += 0 * _load_rows(TokenWeight, types,",
+        "positions_and_types",
+    ),
+    mutant("order of dy", "row = tl.load(Order + n, mask=n < R, other=0) % M", "row = n % M", "no_worse"),
+]

@@ -27,4 +27,32 @@ SWEEPS = [
         {"_cross_entropy_kernel": 1},
     ),
 ]
-MUTANTS: list[Mutant] = []
+
+
+def mutant(name: str, old: str, new: str, tests: str) -> Mutant:
+    return Mutant(name, "kernels/gptfast_kernels/loss.py", old, new, f"tests/test_loss.py -k '{tests}'")
+
+
+MUTANTS = [
+    mutant(
+        "one at the target",
+        "tl.where(column == target, 1.0, 0.0)",
+        "tl.where(column == target, 0.0, 0.0)",
+        "no_worse and triton",
+    ),
+    mutant("ignored rows", "tl.where(counts, dz * dloss, 0.0)", "dz * dloss", "no_worse and triton"),
+    mutant(
+        "largest logit", "higher = tl.maximum(most, tl.max(z, 0))", "higher = tl.maximum(most, 0.0)", "large_logits"
+    ),
+    mutant("rescaled sum", "total * tl.exp(most - higher)", "total * 1.0", "no_worse and triton"),
+    mutant("padded rows of logits", "Z += row * stride_z", "Z += row * V", "no_worse and triton"),
+    mutant(
+        "shift",
+        "target[..., 1:], (0, min(1, target.shape[-1]))",
+        "target[..., :-1], (min(1, target.shape[-1]), 0)",
+        "shift_is",
+    ),
+    mutant("mean of nothing", "torch.where(n > 0, total / n.clamp(min=1), torch.nan)", "total / n", "nothing_counts"),
+    mutant("incoming gradient", "[grad * dtotal for grad", "[grad for grad", "scaled"),
+    mutant("chunks add up", "        total.addmm_(a, b)", "        total.copy_(a @ b)", "no_worse"),
+]

@@ -45,4 +45,52 @@ SWEEPS: list[Sweep] = [
         {"_layer_norm_forward_kernel": 1, "_layer_norm_backward_kernel": 1},
     )
 ]
-MUTANTS: list[Mutant] = []
+
+
+def mutant(name: str, old: str, new: str, tests: str) -> Mutant:
+    return Mutant(
+        name, "kernels/gptfast_kernels/normalization.py", old, new, f"tests/test_normalization.py -k '{tests}'"
+    )
+
+
+MUTANTS = [
+    mutant(
+        "stride of x",
+        "                M,\n                x.stride(0),",
+        "                M,\n                N,",
+        "any_layout",
+    ),
+    mutant("stride of dy", "                dy.stride(0),", "                N,", "any_layout"),
+    mutant("64-bit rows", "tl.program_id(0).to(tl.int64) * ROWS", "tl.program_id(0) * ROWS", "beyond_two_gigabytes"),
+    mutant("second step of the mean", "y = (u - about - rest) * rstd", "y = (u - about) * rstd", "far_above"),
+    mutant("second step in backward", "xhat = (u - mean) * rstd - shift", "xhat = (u - mean) * rstd", "far_above"),
+    mutant(
+        "columns beyond the row", "d = tl.where(column < N, u - about, 0.0)", "d = u - about", "no_worse and shape3"
+    ),
+    mutant("eps", "rest * rest + eps)", "rest * rest)", "zero_variance"),
+    mutant(
+        "dropout drawn twice for a saved u",
+        "read_seed = None if SAVED_U else Seed",
+        "read_seed = Seed",
+        "mask_of_the_seed",
+    ),
+    mutant(
+        "dropout of dx",
+        "                du = _drop(du, Seed, row, start, dropout_p, BLOCK)",
+        "                du = du * 1.0",
+        "mask_of_the_seed",
+    ),
+    mutant("gradient of u", "du += tl.load(DU", "du += 0 * tl.load(DU", "no_worse and shape3"),
+    mutant(
+        "programs' sums kept apart",
+        "partial = program.to(tl.int64) * N + columns",
+        "partial = 0 * N + columns",
+        "no_worse and shape1",
+    ),
+    mutant(
+        "sums of wide rows added up",
+        "tl.load(DWeight + partial, mask=column < N, other=0.0) + tl.sum",
+        "0 * tl.load(DWeight + partial, mask=column < N, other=0.0) + tl.sum",
+        "no_worse and shape5",
+    ),
+]

@@ -29,4 +29,26 @@ CASES = [
 SWEEPS = [
     Sweep("rows 1 to 512", lambda M: run(torch.bfloat16, M=M), range(1, 513), {"_linear_gelu_kernel": 1}),
 ]
-MUTANTS: list[Mutant] = []
+
+
+def mutant(name: str, old: str, new: str, tests: str) -> Mutant:
+    return Mutant(name, "kernels/gptfast_kernels/projection.py", old, new, f"tests/test_projection.py -k '{tests}'")
+
+
+MUTANTS = [
+    mutant("strides of weight", "n[None, :] * stride_wn", "n[None, :] * K", "any_layout"),
+    mutant("stride of x", "m[:, None] * stride_x", "m[:, None] * K", "any_layout"),
+    mutant("last step of k", "(k[None, :] < K - start)", "(k[None, :] < K)", "no_worse"),
+    mutant("64-bit rows", "tl.arange(0, BLOCK_M).to(tl.int64)", "tl.arange(0, BLOCK_M)", "beyond_two_gigabytes"),
+    mutant("IEEE float32", '"ieee" if torch', '"tf32" if torch', "tf32"),
+    mutant(
+        "ragged group of rows",
+        "% (GROUP * across) // group_rows",
+        "% (GROUP * across) // GROUP",
+        "no_worse or any_layout",
+    ),
+    mutant("bias", "z += tl.load(Bias + n", "z += 0 * tl.load(Bias + n", "no_worse"),
+    mutant(
+        "what backward reads", "tl.store(Z + out, z, mask=mask)", "tl.store(Z + out, z * 0.5, mask=mask)", "no_worse"
+    ),
+]

@@ -20,11 +20,18 @@ def outputs_and_gradients(op: Op, backend: str, tensors: Mapping[str, Tensor | N
     out = op(backend, **leaves)
     out = out if isinstance(out, tuple) else (out,)
     generator = torch.Generator().manual_seed(0)
-    incoming = [torch.randn(y.shape, generator=generator).to(torch.bfloat16).to(y) for y in out]
+    incoming = [_incoming(y, generator) for y in out]
     wanted = {name: x for name, x in leaves.items() if x is not None and x.requires_grad}
     gradients = torch.autograd.grad(out, list(wanted.values()), incoming)
     named = {f"output {i}": y.detach() for i, y in enumerate(out)}
     return named | {f"gradient of {name}": g for name, g in zip(wanted, gradients, strict=True)}
+
+
+def _incoming(y: Tensor, generator: torch.Generator) -> Tensor:
+    """What might arrive for y: rows of a wider tensor, as behind a concatenation; numbers that every dtype holds."""
+    *rows, columns = y.shape or (1,)
+    wide = torch.randn((*rows, columns + 8), generator=generator).to(torch.bfloat16).to(y)
+    return wide[..., :columns].view(y.shape) if y.ndim == 0 else wide[..., :columns]
 
 
 def cast(tensors: Mapping[str, Tensor | None], dtype: torch.dtype) -> dict[str, Tensor | None]:
