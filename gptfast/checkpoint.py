@@ -177,14 +177,14 @@ def read_state_dict(
 
 def _read_shards(name_or_path: str | os.PathLike, index: Path, **hub: Any) -> dict[str, Tensor]:
     weight_map = read_json(index, dict).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    if not weight_map or not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
         raise ValueError(f"{index} has no weight_map from keys to file names")
     names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name or "\\" in name:
             raise ValueError(f"{index} points at {name!r}, outside its own folder: refused")
     files = _resolve_all(name_or_path, names, index, **hub)
-    count = re.search(r"-of-(\d+)\.\w+$", names[0]) if names else None
+    count = re.search(r"-of-(\d+)\.\w+$", names[0])
     if count and int(count[1]) != len(names):
         raise ValueError(f"{index} lists {len(names)} of {int(count[1])} shards")
 
@@ -227,9 +227,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_bin(path: Path) -> dict[str, Tensor]:
+def read_pickle(path: Path) -> Any:
+    """What ``torch.save`` wrote, on the CPU; ValueError where it is damaged or more than tensors and plain values."""
     try:
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError):
         raise
     except _UNPICKLING_ERRORS as error:
@@ -237,6 +238,10 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
         if wanted:
             raise ValueError(f"{path} is refused: it would run {wanted[1]}, and only tensors are loaded") from error
         raise ValueError(f"{path} is damaged, or not a PyTorch file: {str(error).partition(chr(10))[0]}") from error
+
+
+def _read_bin(path: Path) -> dict[str, Tensor]:
+    state_dict = read_pickle(path)
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"{path} must hold a state dict, got {type(state_dict).__name__}")
     for key, tensor in state_dict.items():
@@ -262,7 +267,8 @@ def _match(model: nn.Module, state_dict: dict[str, Tensor], source: str, tied: b
     """Finds each of the model's tensors in a state dict of any head, any release and any wrapper.
 
     Raises:
-        ValueError: two keys of the file mean the same tensor. RuntimeError: a tensor's dtype cannot be the weight's.
+        ValueError: two keys of the file mean the same tensor. RuntimeError: a tensor's dtype cannot be the weight's, or
+        no tensor is one of the model's.
     """
     prefix = f"{model.base_model_prefix}."
     given: dict[str, tuple[str, Tensor]] = {}
@@ -300,10 +306,19 @@ def _match(model: nn.Module, state_dict: dict[str, Tensor], source: str, tied: b
             match.tensors[key] = tensor
     if misfits:
         raise RuntimeError(f"{source} does not fit {type(model).__name__}: {'; '.join(misfits)}")
+    if not match.tensors and not match.mismatched:
+        keys = ", ".join(sorted(state_dict)[:3]) or "nothing"
+        raise RuntimeError(f"{source} does not fit {type(model).__name__}: it has none of its weights, but {keys}")
     if tied and wanted.get(TOKENS) not in match.missing:
         match.missing.discard(HEAD)
     match.unexpected = {key for key, _ in given.values()}
     return match
+
+
+def _check_state_dict(state_dict: Mapping[str, Tensor]) -> None:
+    for key, tensor in state_dict.items():
+        if not isinstance(tensor, Tensor) or tensor.is_meta:
+            raise TypeError(f"state_dict must hold tensors with data, got {type(tensor).__name__} under {key!r}")
 
 
 def _plain_key(key: str) -> str:
@@ -387,6 +402,7 @@ def load_pretrained(
         tensors, path = read_state_dict(name_or_path, _formats(use_safetensors, from_tf), **hub)
         source = str(path)
     else:
+        _check_state_dict(state_dict)
         tensors, source = dict(state_dict), "state_dict"
     if target_dtype is None:
         saved = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
@@ -470,6 +486,8 @@ def _config(cls: type, name_or_path: Any, config: Any, overrides: Mapping[str, A
             config = config_class()
         else:
             config = config_class.from_pretrained(name_or_path, **hub)
+    elif not hasattr(config, "to_dict"):
+        raise TypeError(f"config must be an {config_class.__name__}, or where to read one, got {type(config).__name__}")
     unknown = set(overrides) - {"num_labels", *config.attribute_map, *config.to_dict()}
     if unknown:
         names = ", ".join(sorted(unknown))
@@ -552,9 +570,7 @@ def save_pretrained(
     if not is_main_process:
         return
     tensors = {_plain_key(k): t for k, t in (model.state_dict() if state_dict is None else state_dict).items()}
-    for key, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or tensor.is_meta:
-            raise TypeError(f"state_dict must hold tensors with data, got {type(tensor).__name__} under {key!r}")
+    _check_state_dict(tensors)
     tokens = f"{model.base_model_prefix}.{TOKENS}"
     if HEAD in tensors and tokens in tensors and _equal(tensors[HEAD], tensors[tokens]):
         del tensors[HEAD]

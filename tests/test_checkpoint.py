@@ -672,6 +672,7 @@ DAMAGES = {
     ),
     "a shard cut short": (with_index(truncated_shard), ValueError, r"model-00003-of-00003\.safetensors is damaged"),
     "an index without a map": (with_index(lambda *_: {}), ValueError, r"index\.json has no weight_map"),
+    "an index of nothing": (with_index(lambda *_: {"weight_map": {}}), ValueError, r"index\.json has no weight_map"),
     "an index of a list": (with_index(lambda *_: []), ValueError, r"index\.json must hold a JSON dict, got list"),
     "an index that is not JSON": (
         replaced_by("model.safetensors.index.json", b"{", max_shard_size=1000),
@@ -679,6 +680,16 @@ DAMAGES = {
         r"model\.safetensors\.index\.json is not JSON",
     ),
     "a config that is not JSON": (replaced_by("config.json", b"{'a"), ValueError, r"config\.json is not JSON"),
+    "a config with a bad setting": (
+        replaced_by("config.json", b'{"n_embd": -4}'),
+        ValueError,
+        r"config\.json: n_embd must be positive, got -4",
+    ),
+    "another model's weights": (
+        pickled(lambda _: {"wte.weight": torch.ones(4)}),
+        RuntimeError,
+        r"pytorch_model\.bin does not fit .*: it has none of its weights, but wte\.weight",
+    ),
     "a weight of another shape": (
         rewritten(**{LN: torch.ones(5)}),
         RuntimeError,
@@ -855,6 +866,8 @@ def test_config_given(tmp_path):
     model, _ = load(tmp_path / "model", config=given, embd_pdrop=0.5)
     assert given.to_dict() == before
     assert (model.config.resid_pdrop, model.config.embd_pdrop) == (0.25, 0.5)
+    with pytest.raises(TypeError, match="config must be an OpenAIGPTConfig, or where to read one, got int"):
+        load(tmp_path / "model", config=5)
     given.save_pretrained(tmp_path / "config")
     assert load(tmp_path / "model", config=tmp_path / "config")[0].config.resid_pdrop == 0.25
 
@@ -869,6 +882,8 @@ def test_state_dict_given_is_copied(tmp_path):
         for parameter in model.parameters():
             parameter.zero_()
     assert all(tensor.any() for tensor in state.values())
+    with pytest.raises(TypeError, match="state_dict must hold tensors with data, got int under 'x'"):
+        load(None, config=source.config, state_dict={"x": 1})
     with pytest.raises(ValueError, match="name_or_path may be None only with both config and state_dict"):
         load(None, state_dict=state)
 
