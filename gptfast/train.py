@@ -179,7 +179,7 @@ def train(
     held_out_bytes = sum(len(b.encode()) for _, b in parts)
     batches = Batches(ids, batch_size=settings.batch_size, context=settings.context, seed=settings.seed)
     optimizer = make_optimizer(model, settings)
-    first, losses = 0, []  # of the steps since the last row of the log
+    first, losses = 0, list[Tensor]()  # of the steps since the last row of the log
     if state_file.exists():
         first, losses = _load_state(state_file, model, optimizer, settings, ids)
         _keep_log_up_to(log_file, first)

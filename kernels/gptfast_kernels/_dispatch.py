@@ -62,6 +62,14 @@ def use_backend(backend: str) -> Iterator[None]:
         set_default_backend(before)
 
 
+def asked_for(op: str, backend: str, cannot: str | None) -> str:
+    """``backend``, or the default it stands for, once it is sure to run. Arguments and errors are ``select``'s."""
+    asked = _default if backend == "auto" else _check(backend, "backend")
+    if asked == "triton" and cannot:
+        raise RuntimeError(f"{op}: backend='triton' cannot run here: {cannot}")
+    return asked
+
+
 def select(op: str, backend: str, cannot: str | None, slower: str | None = None) -> str:
     """Returns ``"triton"``, ``"torch"`` or ``"reference"`` for one call of ``op``.
 
@@ -75,9 +83,7 @@ def select(op: str, backend: str, cannot: str | None, slower: str | None = None)
         ValueError: ``backend`` is not one of ``BACKENDS``.
         RuntimeError: ``backend="triton"`` was asked for, by the caller or as the default, and cannot run.
     """
-    asked = _default if backend == "auto" else _check(backend, "backend")
-    if asked == "triton" and cannot:
-        raise RuntimeError(f"{op}: backend='triton' cannot run here: {cannot}")
+    asked = asked_for(op, backend, cannot)
     why_not = cannot or slower or ("interpreted kernels are for tests" if _triton.INTERPRETED else None)
     chosen = asked if asked != "auto" else "torch" if why_not else "triton"
     if _log is not None:
