@@ -30,6 +30,7 @@ from .tokenizer import OpenAIGPTTokenizer
 
 STATE_FILE = "training_state.pt"
 LOG_FILE = "training_log.jsonl"
+SUMMARY_FILE = "training.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -147,7 +148,7 @@ def train(
     log_every: int = 50,
     progress: bool = True,
 ) -> tuple[OpenAIGPTLMHeadModel, Score | None]:
-    """Trains ``model`` in place and leaves it, in float16, with its tokenizer and log, in the folder ``output``.
+    """Trains ``model`` in place and leaves it, in float16, with its tokenizer log and summary, in the folder ``output``.
 
     A first Ctrl-C (or SIGTERM) finishes the step, saves, and raises KeyboardInterrupt.
 
@@ -238,6 +239,18 @@ def train(
     score = score_ids(model, held_out, text_bytes=held_out_bytes) if len(held_out) > 1 else None
     copy.deepcopy(model).half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    summary = {
+        "settings": asdict(settings),
+        "parameters": model.num_parameters(),
+        "training_tokens": len(ids),
+        "held_out_tokens": score and score.tokens,
+        "held_out_bytes": score and score.bytes,
+        "held_out_perplexity": score and score.perplexity,
+        "held_out_bits_per_byte": score and score.bits_per_byte,
+        "torch": torch.__version__,
+        "device": device.type,
+    }
+    (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
     state_file.unlink(missing_ok=True)
     return model, score
 

@@ -15,7 +15,17 @@ from gptfast import OpenAIGPTConfig, OpenAIGPTLMHeadModel, OpenAIGPTTokenizer
 from gptfast import train as training
 from gptfast.scoring import score_ids
 from gptfast.tokenizer import train_tokenizer
-from gptfast.train import LOG_FILE, STATE_FILE, Batches, Settings, learning_rate, make_optimizer, read_texts, train
+from gptfast.train import (
+    LOG_FILE,
+    STATE_FILE,
+    SUMMARY_FILE,
+    Batches,
+    Settings,
+    learning_rate,
+    make_optimizer,
+    read_texts,
+    train,
+)
 
 POEMS = Path(__file__).parent / "data" / "poems.txt"
 SETTINGS = Settings(steps=12, batch_size=2, context=16, warmup_steps=2, held_out=0.2)
@@ -59,6 +69,7 @@ def test_learns_and_leaves_a_model(tokenizer, tmp_path):
     held_out = training.split_held_out(POEMS.read_text(), 0.1)[1]
     ids = torch.tensor(tokenizer(held_out)["input_ids"])
     assert score == score_ids(model, ids, text_bytes=len(held_out.encode()))
+    assert json.loads((tmp_path / SUMMARY_FILE).read_text())["held_out_perplexity"] == score.perplexity
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(tokenizer, tmp_path, monkeypatch):
