@@ -148,7 +148,7 @@ def train(
     log_every: int = 50,
     progress: bool = True,
 ) -> tuple[OpenAIGPTLMHeadModel, Score | None]:
-    """Trains ``model`` in place and leaves it, in float16, with its tokenizer log and summary, in the folder ``output``.
+    """Trains ``model`` in place and leaves it, in float16, with tokenizer, log and summary, in the folder ``output``.
 
     A first Ctrl-C (or SIGTERM) finishes the step, saves, and raises KeyboardInterrupt.
 
