@@ -137,7 +137,7 @@ class OpenAIGPTTokenizer(TokenizerBase):
         vocab = read_vocab(vocab_file)
         super().__init__(vocab, read_merges(merges_file, vocab), unk_token=unk_token, **kwargs)
         self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
-        self._cache: dict[str, list[str]] = {}
+        self._cache: dict[str, tuple[str, ...]] = {}
 
     @property
     def tokenization(self) -> str:
@@ -155,7 +155,7 @@ class OpenAIGPTTokenizer(TokenizerBase):
                 tokens.append(added)
         return tokens
 
-    def bpe(self, word: str) -> list[str]:
+    def bpe(self, word: str) -> tuple[str, ...]:
         """Split into characters, the last with </w>; merge the pair of lowest rank everywhere until none is left."""
         if word in self._cache:
             return self._cache[word]
@@ -171,8 +171,7 @@ class OpenAIGPTTokenizer(TokenizerBase):
                 merged.append(best[0] + best[1] if joined else symbols[at])
                 at += 1 + joined
             symbols = merged
-        self._cache[word] = symbols
-        return symbols
+        return self._cache.setdefault(word, tuple(symbols))
 
     def decode(
         self,

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections import UserDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from .tokenizer_files import (
     AddedToken,
     Merges,
     Vocab,
+    check_settings,
     find_vocabulary,
     prefixed,
     read_settings,
@@ -69,6 +70,17 @@ class _SpecialTokenId:
         tokenizer._special[self.name] = None if index is None else tokenizer.convert_ids_to_tokens(index)
 
 
+class Span(NamedTuple):
+    """Characters or tokens from ``start`` up to, not with, ``end``."""
+
+    start: int
+    end: int
+
+    @classmethod
+    def of(cls, pair: tuple[int, int] | None) -> "Span | None":
+        return None if pair is None else cls(*pair)
+
+
 class BatchEncoding(UserDict):
     """A dict of what the model takes, also by attribute; `model(**tokenizer(text, return_tensors="pt"))`.
 
@@ -85,6 +97,10 @@ class BatchEncoding(UserDict):
         if name in ("data", "encodings") or name not in self.data:  # "data" is absent while unpickling
             raise AttributeError(f"BatchEncoding has no attribute {name!r}")
         return self.data[name]
+
+    def __getitem__(self, key: str | int) -> Any:
+        """A column by its name; by a number, the Rust library's record of that row."""
+        return self._encoding(key) if isinstance(key, int) else self.data[key]
 
     @property
     def is_fast(self) -> bool:
@@ -106,12 +122,48 @@ class BatchEncoding(UserDict):
         """For each token 0 or 1: first or second of a pair."""
         return self._encoding(batch_index).sequence_ids
 
-    def char_to_token(self, batch_index: int, char_index: int, sequence_index: int = 0) -> int | None:
-        return self._encoding(batch_index).char_to_token(char_index, sequence_index)
+    # With one index, as for a single text, it is the character's, token's or word's in row 0.
 
-    def token_to_chars(self, batch_index: int, token_index: int) -> tuple[int, int] | None:
-        """(start, end) of a token in its text; None for padding."""
-        return self._encoding(batch_index).token_to_chars(token_index)
+    def _at(self, row_or_index: int, index: int | None) -> tuple[Any, int]:
+        return (self._encoding(0), row_or_index) if index is None else (self._encoding(row_or_index), index)
+
+    def char_to_token(
+        self, batch_or_char_index: int, char_index: int | None = None, sequence_index: int = 0
+    ) -> int | None:
+        """The token of a character; None for white space."""
+        encoding, index = self._at(batch_or_char_index, char_index)
+        return encoding.char_to_token(index, sequence_index)
+
+    def char_to_word(
+        self, batch_or_char_index: int, char_index: int | None = None, sequence_index: int = 0
+    ) -> int | None:
+        """The word of a character; None for white space."""
+        encoding, index = self._at(batch_or_char_index, char_index)
+        return encoding.char_to_word(index, sequence_index)
+
+    def token_to_chars(self, batch_or_token_index: int, token_index: int | None = None) -> Span | None:
+        """Where in its text a token stands; None for padding."""
+        encoding, index = self._at(batch_or_token_index, token_index)
+        return Span.of(encoding.token_to_chars(index))
+
+    def token_to_word(self, batch_or_token_index: int, token_index: int | None = None) -> int | None:
+        """The word of a token; None for padding."""
+        encoding, index = self._at(batch_or_token_index, token_index)
+        return encoding.token_to_word(index)
+
+    def word_to_chars(
+        self, batch_or_word_index: int, word_index: int | None = None, sequence_index: int = 0
+    ) -> Span | None:
+        """Where in its text a word stands."""
+        encoding, index = self._at(batch_or_word_index, word_index)
+        return Span.of(encoding.word_to_chars(index, sequence_index))
+
+    def word_to_tokens(
+        self, batch_or_word_index: int, word_index: int | None = None, sequence_index: int = 0
+    ) -> Span | None:
+        """The tokens of a word."""
+        encoding, index = self._at(batch_or_word_index, word_index)
+        return Span.of(encoding.word_to_tokens(index, sequence_index))
 
     def convert_to_tensors(self, return_tensors: str | None, prepend_batch_axis: bool = False) -> "BatchEncoding":
         """Turn every list into a torch ("pt") or numpy ("np") array, int64, in place."""
@@ -186,11 +238,9 @@ class TokenizerBase(ABC):
         added_tokens_decoder: Mapping[Any, Any] | None = None,
         name_or_path: str = "",
     ):
-        for name, side in (("padding_side", padding_side), ("truncation_side", truncation_side)):
-            if side not in ("right", "left"):
-                raise ValueError(f"{name}={side!r} must be 'right' or 'left'")
-        if model_max_length is not None and not (isinstance(model_max_length, (int, float)) and model_max_length >= 1):
-            raise ValueError(f"{model_max_length=} must be a positive number or None")
+        check_settings(
+            {"padding_side": padding_side, "truncation_side": truncation_side, "model_max_length": model_max_length}
+        )
         self.encoder = vocab
         self.decoder = {index: token for token, index in vocab.items()}
         self.merges = merges
@@ -420,6 +470,7 @@ class TokenizerBase(ABC):
 
         Args:
             text, text_pair: a str or a list of them; with is_split_into_words a list of words or a list of such lists.
+                A batch of pairs may also come as one list of pairs.
             padding: True or "longest", "max_length", or False.
             truncation: True or "longest_first", "only_first", "only_second", or False.
             max_length: for both; model_max_length where not given.
@@ -478,12 +529,8 @@ class TokenizerBase(ABC):
         return self(text, text_pair, **kwargs)
 
     def batch_encode_plus(self, batch_text_or_text_pairs: Any, **kwargs: Any) -> BatchEncoding:
-        """`__call__` on a list of texts, or on a list of pairs."""
-        batch = list(batch_text_or_text_pairs)
-        if batch and isinstance(batch[0], (list, tuple)) and not kwargs.get("is_split_into_words"):
-            firsts, seconds = zip(*batch, strict=True)
-            return self(list(firsts), list(seconds), **kwargs)
-        return self(batch, **kwargs)
+        """`__call__` on a list of texts, or on a list of pairs, by its transformers 2 name."""
+        return self(list(batch_text_or_text_pairs), **kwargs)
 
     def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
         return [self.decode(sequence, **kwargs) for sequence in sequences]
@@ -720,6 +767,11 @@ def _as_batch(text: Any, text_pair: Any, split: bool) -> tuple[bool, list[Any], 
             return isinstance(item, str)
         return isinstance(item, (list, tuple)) and all(isinstance(word, str) for word in item)
 
+    def is_pair(item: Any) -> bool:
+        return isinstance(item, (list, tuple)) and len(item) == 2
+
+    if text_pair is None and not split and isinstance(text, (list, tuple)) and text and all(map(is_pair, text)):
+        text, text_pair = ([pair[i] for pair in text] for i in (0, 1))
     kind = "a list of words" if split else "a str"
     single = is_text(text) and not (split and len(text) == 0)
     batches = {"text": [text] if single else text}

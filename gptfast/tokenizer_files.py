@@ -1,9 +1,10 @@
 """A tokenizer's files: GPT-1's own two, and what transformers 4 and 5 write beside or instead of them."""
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,30 @@ def read_tokenizer_json(path: Any) -> dict[str, Any]:
     model = content.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE" or model.get("end_of_word_suffix") != END_OF_WORD:
         raise ValueError(f"{path} is not a GPT-1 tokenizer: it must be a BPE with the suffix {END_OF_WORD!r}")
+    with _naming(path):
+        read_merges(model["merges"], read_vocab(model["vocab"]))
+        _read_added_tokens((token["id"], token) for token in content.get("added_tokens", ()))
     return content
+
+
+@contextlib.contextmanager
+def _naming(path: Any) -> Iterator[None]:
+    """Makes an error about a file's content name the file."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{path} is damaged: it has no {error}") from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _read_added_tokens(pairs: Iterable[tuple[Any, Any]]) -> dict[int, AddedToken]:
+    tokens = {}
+    for index, token in pairs:
+        if not str(index).isdecimal():
+            raise ValueError(f"{index!r} is no token id")
+        tokens[int(index)] = AddedToken.of(token)
+    return tokens
 
 
 def read_json(path: Any) -> dict[str, Any]:
@@ -106,25 +130,57 @@ def _read_text(path: Any) -> str:
         raise ValueError(f"{path} is not UTF-8: {error}") from error
 
 
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the padding_side, truncation_side and model_max_length that are there are accepted."""
+    for name in ("padding_side", "truncation_side"):
+        if settings.get(name) not in (None, "right", "left"):
+            raise ValueError(f"{name}={settings[name]!r} must be 'right' or 'left'")
+    length = settings.get("model_max_length")
+    if length is not None and not (isinstance(length, int | float) and length >= 1):
+        raise ValueError(f"model_max_length={length!r} must be a positive number or None")
+
+
 def read_settings(files: Mapping[str, Path]) -> dict[str, Any]:
     """The constructor's keywords out of the files that transformers 4 and 5 write."""
-    config = read_json(files[CONFIG_NAME]) if CONFIG_NAME in files else {}
-    config |= read_json(files[SPECIAL_NAME]) if SPECIAL_NAME in files else {}
+    config: dict[str, Any] = {}
+    for name in (CONFIG_NAME, SPECIAL_NAME):
+        if name in files:
+            content = read_json(files[name])
+            with _naming(files[name]):
+                check_settings(content)
+                for token in _special_tokens(content):
+                    AddedToken.of(token)
+            config |= content
     names = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces", "tokenization")
     settings = {name: config[name] for name in (*names, *SPECIAL_TOKENS) if config.get(name) is not None}
-    extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []  # 4.x, 5.x
-    settings["additional_special_tokens"] = list(extra.values() if isinstance(extra, Mapping) else extra)
+    settings["additional_special_tokens"] = _additional_special_tokens(config)
 
-    special = [AddedToken.of(settings[name]).content for name in SPECIAL_TOKENS if name in settings]
-    special += [AddedToken.of(token).content for token in settings["additional_special_tokens"]]
-    added: dict[int, Any] = {}
+    special = {AddedToken.of(token).content for token in _special_tokens(config)}
+    added: dict[int, AddedToken] = {}
     if ADDED_NAME in files:  # all that transformers before 4.34 wrote
-        for token, index in read_json(files[ADDED_NAME]).items():
-            added[index] = AddedToken.of(token, special=token in special)
+        content = read_json(files[ADDED_NAME])
+        with _naming(files[ADDED_NAME]):
+            tokens = _read_added_tokens((index, token) for token, index in content.items())
+        added = {index: AddedToken.of(token.content, token.content in special) for index, token in tokens.items()}
     if TOKENIZER_NAME in files:
-        added |= {token["id"]: token for token in read_json(files[TOKENIZER_NAME]).get("added_tokens", ())}
-    added |= {int(index): token for index, token in config.get("added_tokens_decoder", {}).items()}
+        tokens_there = read_tokenizer_json(files[TOKENIZER_NAME]).get("added_tokens", ())
+        added |= _read_added_tokens((token["id"], token) for token in tokens_there)
+    if CONFIG_NAME in files:
+        with _naming(files[CONFIG_NAME]):
+            added |= _read_added_tokens(config.get("added_tokens_decoder", {}).items())
     return settings | {"added_tokens_decoder": added}
+
+
+def _special_tokens(config: Mapping[str, Any]) -> list[Any]:
+    named = [config[name] for name in SPECIAL_TOKENS if config.get(name) is not None]
+    return [*named, *_additional_special_tokens(config)]
+
+
+def _additional_special_tokens(config: Mapping[str, Any]) -> list[Any]:
+    extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []  # 4.x, 5.x
+    if not isinstance(extra, list | Mapping):
+        raise TypeError(f"additional_special_tokens={extra!r} must be a list")
+    return list(extra.values() if isinstance(extra, Mapping) else extra)
 
 
 def find_vocabulary(files: Mapping[str, Path], name: Any) -> tuple[Any, Any]:

@@ -246,6 +246,7 @@ def test_batch_encoding(kind):
     assert tokenizer.encode_plus("lower") == tokenizer("lower")
     assert tokenizer.batch_encode_plus([("lower", "e"), ("e", "low")]) == tokenizer(["lower", "e"], ["e", "low"])
     assert tokenizer.batch_encode_plus(["lower", "e"]) == tokenizer(["lower", "e"])
+    assert tokenizer([("lower", "e"), ["e", "low"]]) == tokenizer(["lower", "e"], ["e", "low"])
     copy = pickle.loads(pickle.dumps(tokenizer))
     assert copy(["lower", "e<pad>"]) == tokenizer(["lower", "e<pad>"])
     assert pickle.loads(pickle.dumps(BatchEncoding({"a": [1]}))).a == [1]
@@ -565,8 +566,16 @@ def test_transformers_5_and_ours_load_each_other(tmp_path):
         ("merges.txt", "#version: 0.2\nlo\n"),
         ("tokenizer_config.json", "{"),
         ("tokenizer_config.json", "[1]"),
+        ("tokenizer_config.json", '{"padding_side": "up"}'),
+        ("tokenizer_config.json", '{"model_max_length": "512"}'),
+        ("tokenizer_config.json", '{"additional_special_tokens": "abc"}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": "<pad>"}}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"21": {"text": "<pad>"}}}'),
         ("special_tokens_map.json", "not JSON"),
+        ("special_tokens_map.json", '{"pad_token": 5}'),
         ("added_tokens.json", ""),
+        ("added_tokens.json", '{"<pad>": 1.5}'),
     ],
 )
 def test_damaged_files_are_named(tmp_path, kind, name, content):
@@ -586,7 +595,15 @@ def test_a_tokenizer_json_of_another_model_is_refused(tmp_path, kind):
             path.unlink()
     path = tmp_path / "tokenizer.json"
     assert type(make(kind)).from_pretrained(tmp_path).get_vocab() == TOY_VOCAB
-    path.write_text(path.read_text().replace('"end_of_word_suffix": "</w>"', '"end_of_word_suffix": ""'))
+    whole = json.loads(path.read_text())
+    for model in ({"vocab": [1]}, {"merges": ["lo"]}, {"merges": [5]}):
+        path.write_text(json.dumps(whole | {"model": whole["model"] | model}))
+        with pytest.raises(ValueError, match=r"tokenizer\.json is damaged"):
+            type(make(kind)).from_pretrained(tmp_path)
+    path.write_text(json.dumps(whole | {"added_tokens": [{"content": "<pad>"}]}))
+    with pytest.raises(ValueError, match=r"tokenizer\.json is damaged: it has no 'id'"):
+        type(make(kind)).from_pretrained(tmp_path)
+    path.write_text(json.dumps(whole).replace('"end_of_word_suffix": "</w>"', '"end_of_word_suffix": ""'))
     with pytest.raises(ValueError, match=r"tokenizer\.json is not a GPT-1 tokenizer"):
         type(make(kind)).from_pretrained(tmp_path)
 
@@ -634,8 +651,21 @@ def test_fast_knows_where_tokens_come_from(gpt):
         assert a.word_ids(row) == b.word_ids(row)
         assert a.sequence_ids(row) == b.sequence_ids(row)
         assert [a.char_to_token(row, i) for i in range(5)] == [b.char_to_token(row, i) for i in range(5)]
+        assert [a.char_to_word(row, i) for i in range(5)] == [b.char_to_word(row, i) for i in range(5)]
+        assert [a.token_to_word(row, i) for i in range(9)] == [b.token_to_word(row, i) for i in range(9)]
+        assert a.word_to_tokens(row, 0, 1) == tuple(b.word_to_tokens(row, 0, 1))
+        assert a.word_to_chars(row, 0, 1) == tuple(b.word_to_chars(row, 0, 1))
+        assert a[row].tokens == b[row].tokens
     assert a.token_to_chars(0, 1) == tuple(b.token_to_chars(0, 1))
     assert a.is_fast
+    text = "hello you"
+    a, b = ours(text), theirs(text)
+    assert a.char_to_token(7) == b.char_to_token(7) == 1
+    assert a.char_to_token(5) is None
+    assert a.token_to_chars(1).start == b.token_to_chars(1).start == 6
+    assert a.word_to_tokens(1).end == b.word_to_tokens(1).end == 2
+    with pytest.raises(ValueError, match="only OpenAIGPTTokenizerFast"):
+        gpt("basic")(text).char_to_token(7)
     single = ours(firsts[0], return_offsets_mapping=True)
     pieces = [firsts[0][start:end] for start, end in single["offset_mapping"]]
     assert "".join(pieces) == firsts[0].replace(" ", "")
