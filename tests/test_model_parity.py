@@ -513,7 +513,7 @@ def test_choice_labels_may_be_ignored():
 # ---- classification ----
 
 
-PADDED = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 0, 0, 0], [0, 0, 5, 6, 7], [5, 0, 6, 0, 0], [0, 0, 0, 0, 0]])
+PADDED = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 0, 0, 0], [0, 0, 5, 6, 7], [5, 6, 0, 7, 0], [0, 0, 0, 0, 0]])
 
 
 def test_classification_pools_the_last_token_that_is_no_padding():
