@@ -1,7 +1,9 @@
 """How well a language model predicts a text: perplexity over a sliding window, and bits per byte.
 
 A token's probability is taken with at least ``context - stride`` tokens before it, except near the text's start.
-Perplexity is exp(nll / tokens) and depends on the vocabulary; bits per byte, nll / ln(2) / bytes, does not.
+Perplexity is exp(nll / tokens) and depends on the vocabulary; bits per byte, nll / ln(2) / bytes, does not. It counts
+the bytes of the text as written, but GPT-1's tokens have neither its capitals nor its spacing, and what is not in the
+vocabulary is one token: compare bits per byte only among models that read so.
 """
 
 import math
@@ -14,6 +16,7 @@ from torch import Tensor
 from gptfast_kernels import linear_cross_entropy
 
 from .heads import OpenAIGPTLMHeadModel
+from .inputs import check_ids, check_tensor
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,14 @@ def score_ids(
 
     Args:
         model: in eval mode, or dropout counts.
-        ids: int64 [N], N >= 2, on any device.
+        ids: int32 or int64 [N], N >= 2, on any device.
         context: window length, at most n_positions (the default). stride: step between windows, half of it by default.
         batch_size: windows a forward pass.
         text_bytes: length of the text, for ``bits_per_byte``.
         progress: called with the number of tokens each pass has counted.
 
     Raises:
-        ValueError: a number or the shape of ``ids`` is not accepted.
+        ValueError: a number, an id or the shape of ``ids`` is not accepted. TypeError: ``ids`` is no tensor of ints.
     """
     n_positions = model.config.n_positions
     context = n_positions if context is None else context
@@ -62,8 +65,10 @@ def score_ids(
         raise ValueError(f"context must be from 2 to n_positions = {n_positions}, got {context}")
     if not 1 <= stride < context:
         raise ValueError(f"stride must be from 1 to context - 1 = {context - 1}, got {stride}")
+    check_tensor("ids", ids)
     if ids.ndim != 1 or len(ids) < 2:
         raise ValueError(f"ids must be [N] with N >= 2, got shape {list(ids.shape)}")
+    check_ids("ids", ids, model.config.vocab_size)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 

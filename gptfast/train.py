@@ -9,6 +9,7 @@ import json
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from gptfast_kernels import linear_cross_entropy
 
+from .checkpoint import SAFETENSORS, read_pickle
 from .config import OpenAIGPTConfig
 from .heads import OpenAIGPTLMHeadModel
 from .scoring import Score, score_ids
@@ -58,10 +60,14 @@ class Settings:
         for name in ("learning_rate", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
-        if not 0 <= self.held_out < 1:
-            raise ValueError(f"held_out must be in [0, 1), got {self.held_out}")
+        for name in ("warmup_steps", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("held_out", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be from 0 to 2**32 - 1, got {self.seed}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
 
@@ -118,11 +124,22 @@ def read_texts(files: Sequence[str | os.PathLike]) -> list[str]:
 
 
 def split_held_out(text: str, fraction: float) -> tuple[str, str]:
-    """(training, held-out): the end of the text is held out, cut at a line."""
+    """(training, held-out): the end of the text is held out, cut at a line, else at a space, where one is near."""
     if not fraction:
         return text, ""
-    cut = text.rfind("\n", 0, int(len(text) * (1 - fraction))) + 1
+    cut = int(len(text) * (1 - fraction))
+    near = max(0, 2 * cut - len(text))  # so that no more than twice the fraction is held out
+    cut = next((at + 1 for at in (text.rfind(mark, near, cut) for mark in "\n ") if at >= 0), cut)
     return text[:cut], text[cut:]
+
+
+def check_output(folder: str | os.PathLike, resume: bool) -> None:
+    """Raises FileExistsError where a run would overwrite another, or repeat what is done."""
+    unfinished, finished = (Path(folder) / STATE_FILE).exists(), (Path(folder) / SAFETENSORS).exists()
+    if unfinished and not resume:
+        raise FileExistsError(f"{folder} holds an unfinished run: resume it, or choose another folder")
+    if finished and not unfinished:
+        raise FileExistsError(f"{folder} holds a finished model: choose another folder")
 
 
 def make_optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.AdamW:
@@ -150,7 +167,8 @@ def train(
 ) -> tuple[OpenAIGPTLMHeadModel, Score | None]:
     """Trains ``model`` in place and leaves it, in float16, with tokenizer, log and summary, in the folder ``output``.
 
-    A first Ctrl-C (or SIGTERM) finishes the step, saves, and raises KeyboardInterrupt.
+    A first Ctrl-C (or SIGTERM) finishes the step, saves, and raises KeyboardInterrupt; not in a thread of its own,
+    where signals do not arrive.
 
     Args:
         model: a new or a pretrained one, on the device to train on.
@@ -160,19 +178,26 @@ def train(
         progress: show a progress bar.
 
     Returns:
-        The model and its score on the held-out text (None if nothing is held out).
+        The model and its score on the held-out text (None if nothing is held out), over windows as long as it trained
+        on: positions behind them know nothing.
 
     Raises:
-        ValueError: too little text, or ``resume`` under other settings. FileExistsError: ``output`` has an unfinished
-        run and ``resume`` is False. FloatingPointError: the loss is no longer finite.
+        ValueError: a number is not accepted, too little text, a damaged state, or ``resume`` under other settings.
+        FileExistsError: ``output`` has a finished model, or an unfinished run and ``resume`` is False.
+        FloatingPointError: the loss is no longer finite.
     """
     folder = Path(output)
+    check_output(folder, resume)
+    every = {"save_every": save_every, "evaluate_every": evaluate_every, "log_every": log_every}
+    for name, steps in every.items():
+        if steps < 1:
+            raise ValueError(f"{name} must be at least 1, got {steps}")
+    n_positions = model.config.n_positions
+    if settings.context > n_positions:
+        raise ValueError(f"context must be at most n_positions = {n_positions}, got {settings.context}")
+    window = min(settings.context + 1, n_positions)
     folder.mkdir(parents=True, exist_ok=True)
     state_file, log_file = folder / STATE_FILE, folder / LOG_FILE
-    if state_file.exists() and not resume:
-        raise FileExistsError(f"{folder} holds an unfinished run: resume it, or choose another folder")
-    if settings.context > model.config.n_positions:
-        raise ValueError(f"context must be at most n_positions = {model.config.n_positions}, got {settings.context}")
 
     parts = [split_held_out(text, settings.held_out) for text in texts]
     ids = _encode(tokenizer, [a for a, _ in parts], progress, "tokenizing")
@@ -223,7 +248,7 @@ def train(
                 }
                 if evaluated:
                     model.eval()
-                    quick = score_ids(model, held_out, stride=model.config.n_positions - 1)  # windows do not overlap
+                    quick = score_ids(model, held_out, context=window, stride=window - 1)  # windows do not overlap
                     model.train()
                     row["held_out_loss"] = quick.nll / quick.tokens
                 log.write(json.dumps(row) + "\n")
@@ -236,13 +261,14 @@ def train(
                 raise KeyboardInterrupt(f"stopped after step {done}; what was learnt is in {folder}")
 
     model.eval()
-    score = score_ids(model, held_out, text_bytes=held_out_bytes) if len(held_out) > 1 else None
+    score = score_ids(model, held_out, context=window, text_bytes=held_out_bytes) if len(held_out) > 1 else None
     copy.deepcopy(model).half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     summary = {
         "settings": asdict(settings),
         "parameters": model.num_parameters(),
         "training_tokens": len(ids),
+        "held_out_context": window,
         "held_out_tokens": score and score.tokens,
         "held_out_bytes": score and score.bytes,
         "held_out_perplexity": score and score.perplexity,
@@ -301,7 +327,9 @@ def _save_state(file: Path, model, optimizer, settings: Settings, ids: Tensor, s
 
 
 def _load_state(file: Path, model, optimizer, settings: Settings, ids: Tensor) -> tuple[int, list[Tensor]]:
-    state = torch.load(file, map_location="cpu", weights_only=True)
+    state = read_pickle(file)
+    if not isinstance(state, dict) or not state.keys() >= {"step", "losses", "run", "model", "optimizer"}:
+        raise ValueError(f"{file} is damaged, or not of a training run")
     run = _fingerprint(settings, model.config, ids)
     differing = [name for name in run if state["run"].get(name) != run[name]]
     if differing:
@@ -321,6 +349,9 @@ def _keep_log_up_to(log_file: Path, step: int) -> None:
 @contextmanager
 def _interruptible():
     """Inside, the first SIGINT or SIGTERM only sets a flag; the second ends the process as usual."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield lambda: False
+        return
     seen: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:

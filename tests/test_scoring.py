@@ -65,9 +65,13 @@ def test_certain_model_has_perplexity_one(model):
         ({"stride": 0}, "stride must be from 1"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"ids": torch.zeros(1, dtype=torch.int64)}, r"ids must be \[N\] with N >= 2, got shape \[1\]"),
+        ({"ids": torch.tensor([1, -100, 2])}, "ids contains -100, accepted are 0 to 49"),
+        ({"ids": torch.tensor([1, 50])}, "ids contains 50, accepted are 0 to 49"),
+        ({"ids": torch.tensor([1.0, 2.0])}, "ids must be int32 or int64, got torch.float32"),
+        ({"ids": [1, 2]}, "ids must be a tensor, got list"),
     ],
 )
 def test_bad_arguments(model, arguments, message):
     arguments = {"ids": torch.zeros(20, dtype=torch.int64), **arguments}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         score_ids(model, arguments.pop("ids"), **arguments)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def test_learns_and_leaves_a_model(tokenizer, tmp_path):
     assert not (tmp_path / STATE_FILE).exists()
     held_out = training.split_held_out(POEMS.read_text(), 0.1)[1]
     ids = torch.tensor(tokenizer(held_out)["input_ids"])
-    assert score == score_ids(model, ids, text_bytes=len(held_out.encode()))
+    assert score == score_ids(model, ids, context=17, text_bytes=len(held_out.encode()))
     assert json.loads((tmp_path / SUMMARY_FILE).read_text())["held_out_perplexity"] == score.perplexity
 
 
@@ -124,6 +125,60 @@ def test_unfinished_run_is_not_overwritten(tokenizer, tmp_path):
     with pytest.raises(FileExistsError, match="unfinished run"):
         run(tokenizer, tmp_path)
     assert (tmp_path / STATE_FILE).read_bytes() == b"precious"
+
+
+def test_finished_run_is_neither_repeated_nor_overwritten(tokenizer, tmp_path):
+    run(tokenizer, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match="holds a finished model"):
+            run(tokenizer, tmp_path, resume=resume)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("damage", [b"precious", b"", b"PK\x03\x04", None])
+def test_damaged_state_is_named(tokenizer, tmp_path, damage):
+    if damage is None:
+        torch.save({"step": 3}, tmp_path / STATE_FILE)
+    else:
+        (tmp_path / STATE_FILE).write_bytes(damage)
+    with pytest.raises(ValueError, match=r"training_state\.pt is damaged"):
+        run(tokenizer, tmp_path, resume=True)
+
+
+def test_trains_in_a_thread_of_its_own(tokenizer, tmp_path):
+    with ThreadPoolExecutor() as pool:
+        _, score = pool.submit(run, tokenizer, tmp_path).result()
+    assert score.tokens > 0
+
+
+def test_held_out_text_is_judged_at_trained_positions_only(tokenizer, tmp_path, monkeypatch):
+    contexts = []
+
+    def score(*args, context, **how):
+        contexts.append(context)
+        return score_ids(*args, context=context, **how)
+
+    monkeypatch.setattr(training, "score_ids", score)
+    run(tokenizer, tmp_path / "short")
+    assert set(contexts) == {SETTINGS.context + 1}
+    contexts.clear()
+    run(tokenizer, tmp_path / "whole", Settings(steps=1, batch_size=1, context=32, held_out=0.2))
+    assert set(contexts) == {32}
+
+
+@pytest.mark.parametrize(
+    ("text", "training_text"),
+    [
+        ("one\ntwo\nthree\nfour\n", "one\ntwo\n"),
+        ("title\n" + "word " * 100, "title\n" + "word " * 69),  # the only line break is far off
+        ("x" * 100, "x" * 70),
+    ],
+)
+def test_held_out_is_the_end_of_the_text(text, training_text):
+    a, b = training.split_held_out(text, 0.3)
+    assert (a, a + b) == (training_text, text)
+    assert training.split_held_out(text, 0.0) == (text, "")
 
 
 def test_resume_under_other_settings_is_refused(tokenizer, tmp_path, monkeypatch):
@@ -200,6 +255,9 @@ def test_weight_decay_is_for_matrices(tokenizer):
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
         ({"held_out": 1.0}, r"held_out must be in \[0, 1\), got 1.0"),
+        ({"beta2": 1.0}, r"beta2 must be in \[0, 1\), got 1.0"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
+        ({"seed": -1}, r"seed must be from 0 to 2\*\*32 - 1, got -1"),
         ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
         ({"dtype": "float16"}, "dtype must be float32 or bfloat16, got 'float16'"),
     ],
@@ -214,6 +272,9 @@ def test_bad_text(tokenizer, tmp_path):
         run(tokenizer, tmp_path, Settings(steps=1, batch_size=4096, context=16))
     with pytest.raises(ValueError, match="context must be at most n_positions = 32, got 33"):
         run(tokenizer, tmp_path, Settings(steps=1, batch_size=1, context=33))
+    for name in ("save_every", "evaluate_every", "log_every"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            run(tokenizer, tmp_path, **{name: 0})
     with pytest.raises(FileNotFoundError):
         read_texts([tmp_path / "missing.txt"])
     (tmp_path / "latin1.txt").write_bytes("café".encode("latin-1"))
