@@ -34,7 +34,6 @@ from ._triton import tl, triton
 
 Window = tuple[int | None, int | None]
 
-MAX_HEAD_DIM = 256
 
 
 # ---- reference
@@ -154,7 +153,7 @@ def _sdpa(
 
 @dataclass(frozen=True)
 class Config:
-    """A tile of ``block_m`` queries by ``block_n`` keys, and the bounds that the compile gate holds its code to."""
+    """A tile of ``block_m`` queries by ``block_n`` keys, and what the compile gate holds its machine code to."""
 
     block_m: int
     block_n: int
@@ -162,24 +161,96 @@ class Config:
     num_stages: int
     registers: int = 255  # at most, a thread
     blocks: int = 1  # at least, an SM
+    matrix: str | None = None  # the matrix instruction, where it is not the target's own
 
 
-CONFIGS: dict[tuple[str, str, int], Config] = {}
-
+# (kernel, dtype, largest head dim) -> target -> row. "" is every target without a row of its own; a "dropout" row comes
+# before both where there is dropout, which takes registers. The numbers are of a packed projection, causal, and nothing
+# here spills on sm_80, sm_90, sm_100 and gfx942. No row has been timed. What speaks for one is that it keeps two blocks
+# an SM where it can: inside a block nothing overlaps the softmax with the products.
+CONFIGS: dict[tuple[str, str, int], dict[str, Config]] = {
+    ("forward", "half", 64): {
+        "": Config(64, 64, 4, 2, blocks=2),  # 176 registers on sm_80, 163 on sm_100
+        "sm_90": Config(64, 64, 4, 3, registers=128, blocks=4),  # with two stages 139 registers, 3 blocks
+    },
+    ("forward", "half", 128): {
+        "": Config(64, 64, 4, 2, blocks=2),  # 255 registers on sm_80, 174 on sm_90, 226 on sm_100
+        "sm_86": Config(64, 32, 4, 2, registers=176, blocks=2),  # 64 keys spill
+        "gfx942": Config(64, 64, 4, 2, registers=256),
+        "dropout": Config(64, 32, 4, 2, registers=512),
+    },
+    ("forward", "half", 256): {
+        "": Config(64, 32, 8, 2),  # 4 warps spill on sm_80
+        "sm_90": Config(64, 32, 4, 2, blocks=2),
+        "sm_100": Config(64, 32, 4, 2, blocks=2),
+        "dropout": Config(64, 32, 8, 2),
+    },
+    ("backward_dq", "half", 64): {
+        "": Config(64, 64, 4, 2, blocks=2),  # 247 registers on sm_80
+        "sm_90": Config(64, 64, 4, 2, registers=168, blocks=3),
+        "sm_100": Config(64, 32, 4, 2, blocks=2),  # 64 keys spill with dropout
+    },
+    ("backward_dq", "half", 128): {
+        "": Config(64, 32, 4, 2, blocks=2),  # 220 registers on sm_80
+        "sm_90": Config(64, 32, 4, 2, registers=168, blocks=3),  # 64 keys: 184 registers, 2 blocks
+        "gfx942": Config(64, 32, 4, 2, registers=256, blocks=2),
+    },
+    ("backward_dq", "half", 256): {
+        "": Config(64, 32, 8, 1),  # 4 warps spill
+        "sm_90": Config(32, 64, 8, 1, matrix="HMMA"),  # wgmma needs 64 queries, and spills
+        "dropout": Config(32, 64, 8, 1, matrix="HMMA"),
+    },
+    ("backward_dkv", "half", 64): {
+        "": Config(32, 64, 4, 2, blocks=2),  # 64 queries spill on sm_80
+        "sm_90": Config(64, 64, 4, 2, blocks=2),  # 231 registers
+    },
+    ("backward_dkv", "half", 128): {
+        "": Config(32, 64, 4, 2, blocks=2),  # 64 queries spill
+        "sm_86": Config(16, 64, 4, 2, blocks=1),  # 32 queries spill
+        "gfx942": Config(32, 64, 4, 2, registers=512),
+        "dropout": Config(32, 64, 8, 2),
+        "gfx942 dropout": Config(32, 64, 4, 2, registers=512),
+    },
+    ("backward_dkv", "half", 256): {
+        "": Config(32, 32, 8, 1, matrix="HMMA"),  # fits 99 KB of shared memory; 64 keys, which wgmma needs, spill
+        "sm_100": Config(32, 64, 8, 1),
+        "dropout": Config(32, 32, 8, 1, matrix="HMMA"),
+    },
+    # IEEE float32 is multiplied without matrix instructions, and a thread holds whole rows: above 64 backward spills.
+    ("forward", "float32", 64): {"": Config(32, 32, 4, 1, blocks=2)},
+    ("backward_dq", "float32", 64): {"": Config(16, 32, 4, 1, blocks=2)},
+    ("backward_dkv", "float32", 64): {"": Config(16, 32, 4, 1, blocks=2)},
+}
+KERNELS = ("forward", "backward_dq", "backward_dkv")
 INTERPRETER = {  # small and oblong: few elements make several tiles, and a mix-up of M and N shows
     "forward": Config(32, 16, 4, 1),
     "backward_dq": Config(16, 32, 4, 1),
     "backward_dkv": Config(16, 32, 4, 1),
 }
+FAMILIES = {
+    **dict.fromkeys(("cuda:86", "cuda:89", "cuda:120", "cuda:121"), "sm_86"),
+    **dict.fromkeys(("cuda:100", "cuda:103"), "sm_100"),
+    "cuda:90": "sm_90",
+    "hip:gfx942": "gfx942",
+}
 
 
-def config(kernel: str, q: Tensor) -> Config:
-    """The table's row for ``kernel``, "forward", "backward_dq" or "backward_dkv", on q's device, dtype and head dim."""
-    target = _triton.target(q.device)
+def max_head_dim(dtype: torch.dtype, hip: bool) -> int:
+    """The widest head that ``CONFIGS`` has a row for in all three kernels."""
+    return 64 if dtype == torch.float32 else 128 if hip else 256
+
+
+def config(kernel: str, target: str, dtype: torch.dtype, head_dim: int, group: int, dropout: bool) -> Config:
+    """The row for one of ``KERNELS``. target: as ``_triton.target`` names it. group: query heads to a key head."""
     if target == "interpreter":
         return INTERPRETER[kernel]
-    precision = "float32" if q.dtype == torch.float32 else "half"
-    return CONFIGS[kernel, precision, max(64, triton.next_power_of_2(q.shape[-1]))]
+    width = next(width for width in (64, 128, 256) if head_dim <= width)
+    rows = CONFIGS[kernel, "float32" if dtype == torch.float32 else "half", width]
+    family = FAMILIES.get(target, "")
+    if kernel == "backward_dkv" and family == "sm_90" and (group > 1 or head_dim < width):
+        family = ""  # a loop over heads, or masks within rows: its own row spills
+    names = (f"{family} dropout", "dropout", family, "") if dropout else (family, "")
+    return next(rows[name] for name in names if name in rows)
 
 
 # ---- parts that forward and backward share
@@ -360,7 +431,7 @@ def _attention_forward(
         m, row, clear, hi, S - T, S, left, right, scale * LOG2E, dropout_p, True, PRECISION, D, BLOCK_D, BLOCK_N,
     )  # fmt: skip
     empty = row_sum == 0.0  # such a query sees no key
-    acc = acc / tl.where(empty, 1.0, row_sum * (1.0 - dropout_p))[:, None]
+    acc *= (1.0 / tl.where(empty, 1.0, row_sum * (1.0 - dropout_p)))[:, None]
     _store_rows(acc, out, m, stride_ot, m < T, D, BLOCK_D)
     tl.store(lse2 + m, tl.where(empty, -float("inf"), row_max + tl.log2(row_sum)), mask=m < T)
 
@@ -396,7 +467,7 @@ def _accumulate_dq(
         dprobs = tl.dot(do, tl.trans(values), input_precision=PRECISION)
         if seed is not None:
             kept = keep(seed, row[:, None], n[None, :], dropout_p)
-            dprobs = tl.where(kept, dprobs / (1.0 - dropout_p), 0.0)
+            dprobs = tl.where(kept, dprobs * (1.0 / (1.0 - dropout_p)), 0.0)
         dscores = probs * (dprobs - delta[:, None])
         acc = tl.dot(dscores.to(keys.dtype), keys, acc, input_precision=PRECISION)
     return acc
@@ -477,13 +548,14 @@ def _accumulate_dkv(
             scores = _window(scores, n[:, None] - m[None, :] - offset, left, right)
         probs = tl.exp2(scores * scale_log2 - _load_lse2(lse2, m, m < T)[None, :])
         do = _load_rows(dout, m, stride_dot, m < T, D, BLOCK_D)
-        dprobs = tl.dot(values, tl.trans(do), input_precision=PRECISION)
         dropped = probs
         if seed is not None:
             kept = keep(seed, row0 + m[None, :], n[:, None], dropout_p)
-            dropped = tl.where(kept, probs / (1.0 - dropout_p), 0.0)
-            dprobs = tl.where(kept, dprobs / (1.0 - dropout_p), 0.0)
+            dropped = tl.where(kept, probs * (1.0 / (1.0 - dropout_p)), 0.0)
         acc_v = tl.dot(dropped.to(do.dtype), do, acc_v, input_precision=PRECISION)
+        dprobs = tl.dot(values, tl.trans(do), input_precision=PRECISION)
+        if seed is not None:
+            dprobs = tl.where(kept, dprobs * (1.0 / (1.0 - dropout_p)), 0.0)
         dscores = probs * (dprobs - tl.load(delta + m, mask=m < T, other=0.0)[None, :])
         acc_k = tl.dot(dscores.to(queries.dtype), queries, acc_k, input_precision=PRECISION)
     return acc_k, acc_v
@@ -565,10 +637,11 @@ def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _constants(kernel: str, q: Tensor, k: Tensor) -> dict[str, int | str | bool]:
-    row, D = config(kernel, q), q.shape[-1]
+def _constants(kernel: str, q: Tensor, k: Tensor, dropout: bool) -> dict[str, int | str | bool]:
+    D, group = q.shape[-1], q.shape[2] // k.shape[2]
+    row = config(kernel, _triton.target(q.device), q.dtype, D, group, dropout)
     return {
-        "GROUP": q.shape[2] // k.shape[2],
+        "GROUP": group,
         "PRECISION": _triton.dot_precision(q),
         "D": D,
         "BLOCK_D": max(16, triton.next_power_of_2(D)),
@@ -590,7 +663,7 @@ def _forward(
     if q.numel() == 0 or k.numel() == 0:
         return out.zero_(), lse2.fill_(-math.inf)
     q, k, v = (_rows_contiguous(x) for x in (q, k, v))
-    constants = _constants("forward", q, k)
+    constants = _constants("forward", q, k, seed is not None)
     sequences = B if cu_seqlens_q is None else len(cu_seqlens_q) - 1
     grid = (triton.cdiv(max_seqlen_q, constants["BLOCK_M"]) * sequences * H,)
     with _triton.on(q):
@@ -619,13 +692,13 @@ def _backward(
     optional = (cu_seqlens_q, cu_seqlens_k, padding, seed, max_seqlen_q, max_seqlen_k, rows, H)
     scalars = (0 if padding is None else padding.stride(0), scale, dropout_p, left, right)
     with _triton.on(q):
-        constants = _constants("backward_dq", q, k)
+        constants = _constants("backward_dq", q, k, seed is not None)
         grid = (triton.cdiv(max_seqlen_q, constants["BLOCK_M"]) * sequences * H,)
         _attention_backward_dq[grid](
             q, k, v, out, dout, lse2, dlse2, dq, delta, *optional,
             *_strides(q, k, v, out, dout, dq), *scalars, **constants,
         )  # fmt: skip
-        constants = _constants("backward_dkv", q, k)
+        constants = _constants("backward_dkv", q, k, seed is not None)
         grid = (triton.cdiv(max_seqlen_k, constants["BLOCK_N"]) * sequences * k.shape[2],)
         _attention_backward_dkv[grid](
             q, k, v, dout, lse2, delta, dk, dv, *optional,
@@ -768,8 +841,9 @@ def _cannot(q: Tensor, softmax_scale: float) -> str | None:
     """Why our kernels cannot take a call; None if they can."""
     if reason := _triton.why_not(q):
         return reason
-    if q.shape[-1] > MAX_HEAD_DIM:
-        return f"head dim {q.shape[-1]} is above {MAX_HEAD_DIM}"
+    most = max_head_dim(q.dtype, bool(torch.version.hip)) if q.is_cuda else 256
+    if q.shape[-1] > most:
+        return f"head dim {q.shape[-1]} is above {most}, the most in {q.dtype} on this device"
     if not softmax_scale > 0:
         return f"softmax_scale must be above 0, got {softmax_scale}"
     return None
@@ -789,9 +863,7 @@ def _slower(q: Tensor, plain: bool) -> str | None:
     return None
 
 
-def _choose(
-    op: str, q: Tensor, softmax_scale: float, plain: bool, deterministic: bool | None, backend: str
-) -> str:  # fmt: skip
+def _choose(op: str, q: Tensor, softmax_scale: float, plain: bool, deterministic: bool | None, backend: str) -> str:
     slower = None if deterministic else _slower(q, plain)
     chosen = _dispatch.select(op, backend, _cannot(q, softmax_scale), slower)
     if deterministic and chosen == "torch" and q.is_cuda and torch.is_grad_enabled():
@@ -822,7 +894,6 @@ def _flash_qkvpacked(qkv: Tensor, how: tuple) -> tuple[Tensor, Tensor]:
 
 
 def _attention(
-    op: str,
     qkv: Tensor | None,  # what q, k and v are views of, if they are
     q: Tensor,
     k: Tensor,
@@ -842,7 +913,7 @@ def _attention(
     window = _window_of(causal, window_size)
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
     plain = padding is None and window in ((None, None), (None, 0)) and (T == S or not causal) and not return_lse
-    chosen = _choose(op, q, scale, plain, deterministic, backend)
+    chosen = _choose("flash_attention", q, scale, plain, deterministic, backend)
     if chosen == "torch" and not return_lse:
         return _sdpa(q, k, v, window, scale, dropout_p, padding)
     if chosen == "triton":
@@ -905,7 +976,7 @@ def flash_attention(
     """
     q, k, v = _triton.autocast(q, k, v)
     return _attention(
-        "flash_attention", None, q, k, v, causal, softmax_scale, dropout_p, key_padding_mask, window_size,
+        None, q, k, v, causal, softmax_scale, dropout_p, key_padding_mask, window_size,
         return_lse, deterministic, backend,
     )  # fmt: skip
 
@@ -940,7 +1011,7 @@ def flash_attention_qkvpacked(
     (qkv,) = _triton.autocast(qkv)
     q, k, v = qkv.unbind(2)
     return _attention(
-        "flash_attention_qkvpacked", qkv, q, k, v, causal, softmax_scale, dropout_p, key_padding_mask, window_size,
+        qkv, q, k, v, causal, softmax_scale, dropout_p, key_padding_mask, window_size,
         return_lse, deterministic, backend,
     )  # fmt: skip
 

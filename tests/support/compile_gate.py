@@ -51,7 +51,7 @@ Job = tuple[str, str, str]  # op, case or sweep, target
 class Expect:
     """What a kernel's machine code must keep to. No kernel may spill."""
 
-    matrix: bool  # has the target's matrix instruction
+    matrix: bool | str  # has the target's matrix instruction, or the one named
     registers: int = 255  # at most, a thread
     blocks: int = 1  # at least, an SM
 
@@ -86,15 +86,16 @@ class Facts:
     spilled: int  # bytes
     shared: int  # bytes
     blocks: int
-    matrix: int  # instructions
+    matrix: dict[str, int]  # matrix instructions by name
     instructions: int
     warnings: list[str]
 
-    def violations(self, expect: Expect) -> Iterator[str]:
+    def violations(self, expect: Expect, target: str) -> Iterator[str]:
+        matrix = expect.matrix if isinstance(expect.matrix, str) else MATRIX_INSTRUCTION[target.split(":")[1]]
         if self.spilled:
             yield f"{self.kernel} spills {self.spilled} bytes"
-        if expect.matrix and not self.matrix:
-            yield f"{self.kernel} has no matrix instruction"
+        if expect.matrix and matrix not in self.matrix:
+            yield f"{self.kernel} has no {matrix} but {self.matrix}"
         if self.registers > expect.registers:
             yield f"{self.kernel} takes {self.registers} registers, more than {expect.registers}"
         if self.blocks < expect.blocks:
@@ -114,7 +115,7 @@ class _Driver:
         backend, arch = target.split(":")
         self.target = GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64)
         self.utils = self
-        self.launcher_cls = lambda src, metadata: lambda *args, **kwargs: None
+        self.launcher_cls = lambda src, metadata: _check_grid
 
     def get_current_target(self):
         return self.target
@@ -136,6 +137,13 @@ class _Driver:
 
     def unload_module(self, module):
         pass
+
+
+def _check_grid(x: int, y: int, z: int, *args, **kwargs) -> None:
+    """In place of a launch: what hardware refuses."""
+    assert 0 < x < 2**31, f"grid {x, y, z}"
+    assert 0 < y < 2**16, f"grid {x, y, z}"
+    assert 0 < z < 2**16, f"grid {x, y, z}"
 
 
 @contextlib.contextmanager
@@ -174,6 +182,11 @@ def _get(metadata, name: str) -> Any:
     return metadata[name] if isinstance(metadata, dict) else getattr(metadata, name)
 
 
+def _count(instructions: list[str]) -> dict[str, int]:
+    found = {name: instructions.count(name) for name in set(MATRIX_INSTRUCTION.values())}
+    return {name: n for name, n in found.items() if n}
+
+
 def _read_cuda(kernel: str, metadata, paths: dict[str, Path], log: str, arch: str) -> Facts:
     import triton.backends.nvidia
 
@@ -196,7 +209,7 @@ def _read_cuda(kernel: str, metadata, paths: dict[str, Path], log: str, arch: st
         spilled=sum(map(int, spills.groups())),
         shared=shared,
         blocks=blocks,
-        matrix=instructions.count(MATRIX_INSTRUCTION[arch]),
+        matrix=_count(instructions),
         instructions=len(instructions),
         warnings=sorted(set(re.findall(r"Potential Performance Loss[^\n]*", log))),
     )
@@ -221,7 +234,7 @@ def _read_hip(kernel: str, metadata, paths: dict[str, Path], log: str, arch: str
         spilled=field("vgpr_spill_count") + field("private_segment_fixed_size"),
         shared=shared,
         blocks=0 if shared > most else min(4 * waves // warps, whole // shared if shared else 32),
-        matrix=sum(name.startswith(MATRIX_INSTRUCTION[arch]) for name in instructions),
+        matrix=_count(["v_mfma" for name in instructions if name.startswith("v_mfma")]),
         instructions=len(instructions),
         warnings=[],
     )
@@ -229,7 +242,7 @@ def _read_hip(kernel: str, metadata, paths: dict[str, Path], log: str, arch: str
 
 def _report_case(case: Case, target: str) -> dict[str, Any]:
     facts, expect = _compile(case, target), case.expect(target)
-    violations = [v for f in facts for v in (f.violations(expect[f.kernel]) if f.kernel in expect else ())]
+    violations = [v for f in facts for v in (f.violations(expect[f.kernel], target) if f.kernel in expect else ())]
     compiled = {f.kernel for f in facts}
     violations += [f"{name} is not in the case's table" for name in sorted(compiled - set(expect))]
     violations += [f"{name} was not launched" for name in sorted(set(expect) - compiled)]
@@ -317,7 +330,8 @@ def main(words: list[str]) -> None:
     rows: list[tuple[str, ...]] = [header]
     for (op, name, target), result in sorted(results.items()):
         for f in (Facts(**f) for f in result.get("facts", ())):
-            numbers = (f.warps, f.registers, f.spilled, f.shared, f.blocks, f.matrix, f.instructions)
+            matrix = " ".join(f"{n} {name}" for name, n in f.matrix.items())
+            numbers = (f.warps, f.registers, f.spilled, f.shared, f.blocks, matrix, f.instructions)
             rows.append((target, op, name, f.kernel, *map(str, numbers)))
         for kernel, n in result.get("variants", {}).items():
             rows.append((target, op, name, kernel, f"{n} variants", *("",) * 6))
