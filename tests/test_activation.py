@@ -32,6 +32,11 @@ def test_no_worse_than_torch(shape, dtype, approximate):
         assert_triton_no_worse(op(approximate), tensors | {"bias": draw(shape[-1], dtype=dtype, seed=1)})
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout(layout):
+    assert_triton_no_worse(op("tanh"), {"x": with_layout(draw(9, 40), layout), "bias": draw(40)})
+
+
 @given(
     rows=st.integers(1, 50),
     columns=st.integers(1, 100),

@@ -45,6 +45,13 @@ def test_exact():
     assert_triton_no_worse(op("none"), inputs(20, 64, N=40, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout(layout):
+    tensors = inputs(9, 40, N=20, dtype=torch.float32)
+    assert_triton_no_worse(op(), tensors | {"x": with_layout(tensors["x"], layout)})
+    assert_triton_no_worse(op(), tensors | {"weight": with_layout(tensors["weight"], layout)})
+
+
 @given(
     M=st.integers(1, 140),
     N=st.integers(1, 140),

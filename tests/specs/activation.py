@@ -45,9 +45,9 @@ MUTANTS = [
         "stride of x",
         "                M,\n                N,\n                x.stride(0),",
         "                M,\n                N,\n                N,",
-        "any_layout",
+        "each_layout",
     ),
-    mutant("stride of dy", "                dy.stride(0),", "                N,", "any_layout"),
+    mutant("stride of dy", "                dy.stride(0),", "                N,", "each_layout"),
     mutant(
         "64-bit rows",
         "row = ((program // across).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]",
@@ -59,5 +59,7 @@ MUTANTS = [
     mutant("slope of z", "0.134145", "0.044715", "no_worse and shape2"),
     mutant("normal density", "gauss * 0.3989422804014327", "gauss * 0.5", "no_worse and shape2"),
     mutant("tail", "tl.where(x < 0, tail, 1 - tail)", "1 - tl.where(x < 0, 1 - tail, tail)", "relatively_accurate"),
-    mutant("parts' sums kept apart", "DBias + part.to(tl.int64) * N", "DBias + 0 * N", "no_worse and shape3"),
+    mutant(
+        "parts' sums kept apart", "DBias + part.to(tl.int64) * N", "DBias + 0 * N", "no_worse and (shape4 or shape6)"
+    ),
 ]

@@ -7,9 +7,9 @@ from tests.support.compile_gate import Case, Expect, Sweep
 from tests.support.mutants import Mutant
 
 KERNELS = {
-    "_embedding_forward_kernel": Expect(matrix=False),
-    "_embedding_gather_kernel": Expect(matrix=False),
-    "_embedding_join_kernel": Expect(matrix=False),
+    "_embedding_forward_kernel": Expect(matrix=False, registers=112, blocks=4),
+    "_embedding_gather_kernel": Expect(matrix=False, registers=64, blocks=8),
+    "_embedding_join_kernel": Expect(matrix=False, registers=40, blocks=8),
 }
 
 

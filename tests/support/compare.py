@@ -22,7 +22,9 @@ def outputs_and_gradients(op: Op, backend: str, tensors: Mapping[str, Tensor | N
     generator = torch.Generator().manual_seed(0)
     incoming = [_incoming(y, generator) for y in out]
     wanted = {name: x for name, x in leaves.items() if x is not None and x.requires_grad}
+    before = [gradient.clone() for gradient in incoming]
     gradients = torch.autograd.grad(out, list(wanted.values()), incoming)
+    assert all(torch.equal(a, b) for a, b in zip(incoming, before, strict=True)), "an incoming gradient was written to"
     named = {f"output {i}": y.detach() for i, y in enumerate(out)}
     return named | {f"gradient of {name}": g for name, g in zip(wanted, gradients, strict=True)}
 
