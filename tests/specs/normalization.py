@@ -12,11 +12,11 @@ def run(width: int, dtype: torch.dtype, *, dropout_p: float = 0.0, prenorm: bool
     weight, bias = torch.empty(2, width)
     seed = torch.zeros(1, dtype=torch.int64) if dropout_p else None
     _, u, statistics = normalization._forward(x, residual, weight, bias, seed, dropout_p, 1e-5, prenorm, dtype)
-    saved = (u, None) if prenorm else (x, residual)
+    saved, after = (u, None) if prenorm else (x, residual)
+    du, apart = dy if prenorm else None, dtype if dropout_p else None
     normalization._backward(
-        dy, dy if prenorm else None, *saved, weight, seed, statistics, dropout_p, prenorm,
-        dtype, dtype if dropout_p else None, True, True,
-    )  # fmt: skip
+        dy, du, saved, after, weight, seed, statistics, dropout_p, prenorm, dtype, apart, True, True
+    )
 
 
 KERNELS = {
