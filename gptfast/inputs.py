@@ -115,7 +115,7 @@ def check_position_ids(position_ids: Tensor | None, shape: torch.Size, n_positio
     return position_ids.reshape(-1, T)
 
 
-def key_padding_mask(attention_mask: Tensor | None, shape: torch.Size, held: int | Tensor) -> Tensor | None:
+def key_padding_mask(attention_mask: Tensor | None, shape: torch.Size, held: int) -> Tensor | None:
     """``attention_mask`` as bool [B, S], for ids of ``shape`` [..., T] behind ``held`` positions in a cache.
 
     Returns None where nothing is masked: all ones is what a tokenizer sends for a batch without padding.
@@ -123,7 +123,6 @@ def key_padding_mask(attention_mask: Tensor | None, shape: torch.Size, held: int
     if attention_mask is None:
         return None
     check_tensor("attention_mask", attention_mask)
-    assert isinstance(held, int)
     B, S = shape[:-1].numel(), held + shape[-1]
     if attention_mask.shape not in ((B, S), (1, S), (*shape[:-1], S)):
         raise ValueError(f"attention_mask must be [{B}, {S}], got shape {list(attention_mask.shape)}")
@@ -144,8 +143,11 @@ def check_head_mask(head_mask: Tensor | None, config: OpenAIGPTConfig, dtype: to
 
 def check_cache(
     cache: KVCache, config: OpenAIGPTConfig, shape: torch.Size, dtype: torch.dtype, may_be_ragged: bool
-) -> None:
-    """Raises unless ``cache`` is of this model, its keys of ``dtype``, with room for ids of ``shape`` [..., T]."""
+) -> int:
+    """The positions that ``cache`` holds, 0 where each row's number is its own.
+
+    Raises unless the cache is of this model, its keys of ``dtype``, with room for ids of ``shape`` [..., T].
+    """
     if not isinstance(cache, KVCache):
         raise TypeError(f"past_key_values must be a gptfast.KVCache, got {type(cache).__name__}")
     B, T = shape[:-1].numel(), shape[-1]
@@ -157,16 +159,17 @@ def check_cache(
         raise ValueError(f"past_key_values holds {rows} rows, the input has {B}")
     if cache.k.dtype != dtype:
         raise TypeError(f"past_key_values must be {dtype} as the model's keys are, got {cache.k.dtype}")
-    ragged = isinstance(cache.seqlens, Tensor)
-    if ragged and not may_be_ragged:
+    if isinstance(cache.seqlens, Tensor) and not may_be_ragged:
         raise ValueError(
             "past_key_values whose rows differ in length go without attention_mask and output_attentions, "
             "in eval mode and under torch.no_grad()"
         )
-    if not ragged or cache.k.device.type == "cpu":
-        held = cache.get_seq_length()
-        if held + T > S:
-            raise ValueError(f"past_key_values has room for {S - held} of {S} positions, the input has {T}")
+    if isinstance(cache.seqlens, Tensor) and not _may_read(cache.seqlens):
+        return 0
+    held = cache.get_seq_length()
+    if held + T > S:
+        raise ValueError(f"past_key_values has room for {S - held} of {S} positions, the input has {T}")
+    return held
 
 
 def check_logits_to_keep(logits_to_keep: int | Tensor, shape: torch.Size) -> None:

@@ -216,29 +216,16 @@ class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
         use_cache = (config.use_cache and not self.training) if use_cache is None else use_cache
 
         tokens = self.tokens_embed.weight
-        shape = check_text(input_ids, inputs_embeds, token_type_ids, tokens, config.n_positions)
-        T = shape[-1]
-        B = shape[:-1].numel()
+        shape = check_text(input_ids, inputs_embeds, token_type_ids, tokens, config.n_positions)  # [..., T]
         position_ids = check_position_ids(position_ids, shape, config.n_positions)
-        head_mask = check_head_mask(head_mask, config, tokens.dtype)
-        inference = not (self.training or torch.is_grad_enabled())
-        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        cache = past_key_values
-        held: int | Tensor = 0  # positions in the cache
-        if recompute and (cache is not None or use_cache):
-            raise ValueError("use_cache=True and past_key_values cannot go with gradient checkpointing")
-        if cache is not None:
-            may_be_ragged = inference and attention_mask is None and not output_attentions
-            check_cache(cache, config, shape, linear_dtype(tokens), may_be_ragged)
-            held = cache.seqlens
-        padding = key_padding_mask(attention_mask, shape, held)
-
-        if cache is None and use_cache:
-            cache = self.new_cache(B)
+        context = self._context(shape, attention_mask, head_mask, past_key_values, use_cache, output_attentions)
+        T, B, cache = shape[-1], shape[:-1].numel(), context.cache
         if position_ids is None and cache is not None:
-            steps = torch.arange(T, device=tokens.device)
+            steps = torch.arange(T, device=cache.k.device)
+            held = cache.seqlens
             position_ids = held[:, None] + steps if isinstance(held, Tensor) else held + steps
-        context = AttentionContext(padding, head_mask, cache, output_attentions, inference)
+
+        recompute = self._recomputes()
         x = self._embed(input_ids, inputs_embeds, token_type_ids, position_ids, B, T)
         hidden_states, attentions = [], []
         for layer, block in enumerate(self.h):
@@ -261,6 +248,32 @@ class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
             past_key_values=cache if use_cache else None,
         )
         return output if return_dict else output.to_tuple()
+
+    def _context(
+        self,
+        shape: torch.Size,
+        attention_mask: Tensor | None,
+        head_mask: Tensor | None,
+        cache: KVCache | None,
+        use_cache: bool,
+        output_attentions: bool,
+    ) -> AttentionContext:
+        """What the blocks share, made of checked arguments."""
+        weight, held = self.tokens_embed.weight, 0
+        inference = not (self.training or torch.is_grad_enabled())
+        if self._recomputes() and (cache is not None or use_cache):
+            raise ValueError("use_cache=True and past_key_values cannot go with gradient checkpointing")
+        head_mask = check_head_mask(head_mask, self.config, weight.dtype)
+        if cache is not None:
+            may_be_ragged = inference and attention_mask is None and not output_attentions
+            held = check_cache(cache, self.config, shape, linear_dtype(weight), may_be_ragged)
+        padding = key_padding_mask(attention_mask, shape, held)
+        if cache is None and use_cache:
+            cache = self.new_cache(shape[:-1].numel())
+        return AttentionContext(padding, head_mask, cache, output_attentions, inference)
+
+    def _recomputes(self) -> bool:
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
     def new_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
         """An empty cache for this model, in the dtype that its keys have: autocast's where that is on."""

@@ -63,8 +63,8 @@ def test_full_size_cached_text_is_the_uncached_up_to_position_512():
     torch.manual_seed(0)
     config = gptfast.OpenAIGPTConfig(vocab_size=300, tie_word_embeddings=False)
     model = gptfast.OpenAIGPTLMHeadModel(config).eval()
-    T = 160
-    text = model.generate(ids(1, T, size=300), max_length=512)
+    T = 256
+    text = model.generate(ids(1, T, seed=4, size=300), max_length=512)
     assert text.shape == (1, 512)
     assert len(text[0, T:].unique()) > 30
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_full_size_cached_text_is_the_uncached_up_to_position_512():
     best = logits.topk(2).values
     assert (best[:, 0] - best[:, 1]).min() > 1e-4  # so that no choice hangs on rounding
     assert torch.equal(logits.argmax(-1), text[0, T:])
-    for end in (T, 300, 400, 511):
+    for end in (T, 300, 430, 511):
         stepped = model.generate(text[:, :end], max_new_tokens=1, use_cache=False)
         assert torch.equal(stepped, text[:, : end + 1])
     with _dispatch.record() as choices, pytest.raises(ValueError, match="max_new_tokens is 1 and input_ids has 512"):

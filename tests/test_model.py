@@ -900,7 +900,8 @@ def test_reference_equals_torch(kind):
 def test_explain_names_every_op_once():
     model = make()
     rows = gptfast.explain(model, GOOD)
-    assert [row.op for row in rows] == ["embedding", "flash_attention_qkvpacked", "layer_norm", "linear_gelu"]
+    ops = [row.op.removesuffix("_qkvpacked") for row in rows]
+    assert ops == ["embedding", "flash_attention", "layer_norm", "linear_gelu"]
     assert [row.calls for row in rows] == [1, L, 2 * L, L]
     assert all(row.backend == "torch" and "backend='torch' was asked for" in row.reason for row in rows)
     assert [row.op in str(rows) for row in rows] == [True] * 4
