@@ -1,0 +1,70 @@
+"""The model that ships: its size, its files, and that what its card and the README say of it is so."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptfast import OpenAIGPTLMHeadModel, OpenAIGPTTokenizer
+from gptfast.cli import SHIPPED
+from gptfast.scoring import score_ids
+from gptfast.train import LOG_FILE, SUMMARY_FILE, read_texts, split_held_out
+
+ROOT = Path(__file__).parent.parent
+BOOKS = ROOT.parent / "shared" / "data" / "books"
+SUMMARY = json.loads((SHIPPED / SUMMARY_FILE).read_text())
+
+
+def test_weights_are_small_half_precision_and_finite():
+    assert (SHIPPED / "model.safetensors").stat().st_size <= 12_000_000
+    model = OpenAIGPTLMHeadModel.from_pretrained(SHIPPED)
+    assert model.dtype == torch.float16
+    assert model.num_parameters() == SUMMARY["parameters"]
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_vocabulary_has_the_form_of_gpt1s():
+    vocab = json.loads((SHIPPED / "vocab.json").read_text())
+    merges = (SHIPPED / "merges.txt").read_text().splitlines()
+    assert sorted(vocab.values()) == list(range(len(vocab)))
+    assert vocab["<unk>"] == 0
+    assert vocab["\n</w>"] == len(vocab) - 1
+    assert merges[0] == "#version: 0.2"
+    assert all("".join(merge.split(" ")) in vocab for merge in merges[1:])
+    tokenizer = OpenAIGPTTokenizer.from_pretrained(SHIPPED)
+    assert tokenizer.decode(tokenizer("Call me Ishmael.")["input_ids"]) == "call me ishmael ."
+
+
+@pytest.mark.parametrize("page", [SHIPPED / "README.md", ROOT / "README.md"])
+def test_pages_say_what_the_summary_says(page):
+    text = page.read_text(encoding="utf-8")
+    perplexity, bits = re.search(r"held-out perplexity (\d+\.\d+) a token,\s+(\d+\.\d+) bits a\s+byte", text).groups()
+    assert perplexity == f"{SUMMARY['held_out_perplexity']:.2f}"
+    assert bits == f"{SUMMARY['held_out_bits_per_byte']:.3f}"
+    assert f"{SUMMARY['parameters']:,}" in text
+
+
+def test_log_reaches_the_last_step_and_learns():
+    rows = [json.loads(line) for line in (SHIPPED / LOG_FILE).read_text().splitlines()]
+    assert rows[-1]["step"] == SUMMARY["settings"]["steps"]
+    held_out = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
+    assert held_out == sorted(held_out, reverse=True)
+
+
+@pytest.mark.skipif(not BOOKS.exists(), reason="the books it was trained on are not beside the repository")
+def test_held_out_perplexity_is_what_the_summary_says():
+    pytest.importorskip("spacy", reason="the model's ids are the original tokenization's")
+    pytest.importorskip("ftfy", reason="the model's ids are the original tokenization's")
+    tokenizer = OpenAIGPTTokenizer.from_pretrained(SHIPPED)
+    model = OpenAIGPTLMHeadModel.from_pretrained(SHIPPED, dtype=torch.float32)
+    ids, size = [], 0
+    for text in read_texts(sorted(BOOKS.glob("*.txt"))):
+        _, held_out = split_held_out(text, SUMMARY["settings"]["held_out"])
+        ids += tokenizer.convert_tokens_to_ids(tokenizer.tokenize(held_out))
+        size += len(held_out.encode())
+    score = score_ids(model, torch.tensor(ids), text_bytes=size)
+    assert score.tokens == SUMMARY["held_out_tokens"]
+    assert score.perplexity == pytest.approx(SUMMARY["held_out_perplexity"], rel=1e-3)  # float16 against float32
+    assert score.bits_per_byte == pytest.approx(SUMMARY["held_out_bits_per_byte"], rel=1e-3)
