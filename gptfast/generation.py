@@ -6,7 +6,8 @@ stands, so that positions count from 0 in every row and a row comes out as it wo
 Shapes: B batch, T prompt length with padding, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
 from typing import Any, Protocol
 
 import torch
@@ -49,6 +50,13 @@ def sample(
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
+def check_count(name: str, value: int, least: int = 1) -> None:
+    if not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
 class GenerationMixin:
     """``generate`` for a language model whose forward pass takes a KVCache."""
 
@@ -62,6 +70,8 @@ class GenerationMixin:
         streamer: Streamer | None = None,
         pad_token_id: int | None = None,
         num_return_sequences: int = 1,
+        num_beams: int = 1,
+        return_dict_in_generate: bool = False,
         attention_mask: Tensor | None = None,
         **settings: Any,
     ) -> Tensor:
@@ -73,7 +83,9 @@ class GenerationMixin:
             streamer: sees the prompt, then every token as it comes.
             pad_token_id: fills a row behind its stop token; the config's, else the stop token, else 0.
             num_return_sequences: continuations of each prompt, rows b * n … b * n + n - 1.
-            attention_mask: [B, T], 1 for the prompt's tokens.
+            num_beams, return_dict_in_generate: only 1 and False.
+            attention_mask: [B, T], 1 for the prompt's tokens. If None and there is a pad_token_id that is no stop
+                token, positions that hold it are padding, as HuggingFace has it.
             settings: ``generate_stream``'s.
 
         Returns:
@@ -83,8 +95,18 @@ class GenerationMixin:
             ValueError: an argument is not accepted, or the text would pass n_positions; before any work.
         """
         self._check_prompt(input_ids, attention_mask)
-        if num_return_sequences < 1:
-            raise ValueError(f"num_return_sequences must be at least 1, got {num_return_sequences}")
+        check_count("num_return_sequences", num_return_sequences)
+        if num_beams != 1:
+            raise ValueError(f"num_beams must be 1, got {num_beams}: there is no beam search")
+        if return_dict_in_generate:
+            raise ValueError("return_dict_in_generate must be False: only the ids are returned")
+        if pad_token_id is None:
+            pad_token_id = self.config.pad_token_id  # type: ignore[attr-defined]
+        stops = self._stop_tokens(settings.pop("eos_token_id", None))
+        if attention_mask is None and pad_token_id is not None and pad_token_id not in stops:
+            attention_mask = input_ids != pad_token_id
+        if pad_token_id is None:
+            pad_token_id = stops[0] if stops else 0
         if num_return_sequences > 1:
             input_ids = input_ids.repeat_interleave(num_return_sequences, 0)
             attention_mask = (
@@ -95,11 +117,6 @@ class GenerationMixin:
             max_new_tokens = min(20, max(room, 1)) if max_length is None else max_length - T
             if max_length is not None and max_new_tokens < 1:
                 raise ValueError(f"max_length must exceed the prompt's {T} positions, got {max_length}")
-        if pad_token_id is None:
-            pad_token_id = self.config.pad_token_id  # type: ignore[attr-defined]
-        stops = self._stop_tokens(settings.pop("eos_token_id", None))
-        if pad_token_id is None:
-            pad_token_id = stops[0] if stops else 0
 
         steps = self.generate_stream(
             input_ids,
@@ -126,10 +143,12 @@ class GenerationMixin:
         *,
         max_new_tokens: int,
         attention_mask: Tensor | None = None,
+        min_new_tokens: int = 0,
         do_sample: bool = False,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         top_k: int | None = 50,
         top_p: float | None = None,
+        repetition_penalty: float | None = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
         eos_token_id: int | Sequence[int] | None = None,
@@ -140,9 +159,12 @@ class GenerationMixin:
 
         Args:
             input_ids, attention_mask: as in ``generate``.
-            do_sample: draw from the distribution; else take the likeliest token.
-            temperature: divides the logits, > 0. top_k: draw among the k likeliest (None or 0: all).
+            min_new_tokens: no row stops before these.
+            do_sample: draw from the distribution; else take the likeliest token, whatever temperature, top_k and top_p.
+            temperature: divides the logits, > 0 (None: 1). top_k: draw among the k likeliest (None or 0: all).
             top_p: draw among the likeliest that together reach this probability, in (0, 1].
+            repetition_penalty: divides the positive logits, and multiplies the negative ones, of tokens that the row
+                holds already, > 0 (Keskar et al. 2019, arXiv:1909.05858).
             seed: for a draw that can be repeated; or ``generator``, on the model's device.
             eos_token_id: one or more ids that end a row; the config's if None.
             pad_token_id: what a row that has ended yields.
@@ -153,18 +175,22 @@ class GenerationMixin:
         """
         mask = self._check_prompt(input_ids, attention_mask)
         n_positions = self.config.n_positions  # type: ignore[attr-defined]
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        if not temperature > 0:
+        check_count("max_new_tokens", max_new_tokens)
+        check_count("min_new_tokens", min_new_tokens, 0)
+        check_count("top_k", 0 if top_k is None else top_k, 0)
+        temperature = 1.0 if temperature is None else temperature
+        if do_sample and not temperature > 0:
             raise ValueError(
                 f"temperature must be positive, got {temperature}; for the likeliest token, do_sample=False"
             )
-        if top_k is not None and top_k < 0:
-            raise ValueError(f"top_k must be at least 1, or 0 or None for all, got {top_k}")
-        if top_p is not None and not 0 < top_p <= 1:
+        if do_sample and top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+        if repetition_penalty is not None and not repetition_penalty > 0:
+            raise ValueError(f"repetition_penalty must be positive, got {repetition_penalty}")
         if seed is not None and generator is not None:
             raise ValueError("seed and generator cannot both be given")
+        if seed is not None and not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be from 0 to 2**63 - 1, got {seed}")
         vocab_size = self.config.vocab_size  # type: ignore[attr-defined]
         if not 0 <= pad_token_id < vocab_size:
             raise ValueError(f"pad_token_id must be from 0 to {vocab_size - 1}, got {pad_token_id}")
@@ -198,12 +224,16 @@ class GenerationMixin:
                 "generator": generator,
             },
             torch.tensor(self._stop_tokens(eos_token_id), dtype=torch.int64, device=device),
+            min_new_tokens,
+            repetition_penalty,
             pad_token_id,
             use_cache,
         )
 
     @torch.no_grad()
-    def _steps(self, ids, lengths, max_new_tokens, sampling, stops, pad_token_id, use_cache) -> Iterator[Tensor]:
+    def _steps(
+        self, ids, lengths, max_new_tokens, sampling, stops, min_new_tokens, repetition_penalty, pad_token_id, use_cache
+    ) -> Iterator[Tensor]:
         """ids [B, T], each row's tokens first; lengths int or [B]."""
         B, T = ids.shape
         body, head = self.transformer, self.lm_head  # type: ignore[attr-defined]
@@ -211,6 +241,10 @@ class GenerationMixin:
         cache = None
         if use_cache:
             cache = body.new_cache(B, T + max_new_tokens)
+        seen = torch.zeros(B, len(head.weight), dtype=torch.bool, device=ids.device)  # [B, V], tokens a row holds
+        if repetition_penalty is not None:
+            padding = torch.arange(T, device=ids.device) >= torch.as_tensor(lengths, device=ids.device).reshape(-1, 1)
+            seen.scatter_(1, torch.where(padding, ids[:, :1], ids), True)
         running = torch.ones(B, dtype=torch.bool, device=ids.device)
 
         def run(ids: Tensor) -> Tensor:
@@ -220,8 +254,15 @@ class GenerationMixin:
         hidden = run(ids)
         for step in range(max_new_tokens):
             last = hidden[:, -1] if step and cache is not None else hidden[rows, lengths - 1]
-            tokens = sample(head(last), **sampling)
+            logits = head(last)
+            if repetition_penalty is not None:
+                weaker = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+                logits = torch.where(seen, weaker, logits)
+            if step < min_new_tokens:
+                logits = logits.index_fill(1, stops, -torch.inf)
+            tokens = sample(logits, **sampling)
             tokens = torch.where(running, tokens, pad_token_id)
+            seen.scatter_(1, tokens[:, None], True)
             yield tokens
             if len(stops):
                 running = running & ~torch.isin(tokens, stops)
@@ -263,4 +304,10 @@ class GenerationMixin:
             eos_token_id = self.config.eos_token_id  # type: ignore[attr-defined]
         if eos_token_id is None:
             return []
-        return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+        stops = list(eos_token_id) if isinstance(eos_token_id, Iterable) else [eos_token_id]
+        vocab_size = self.config.vocab_size  # type: ignore[attr-defined]
+        for stop in stops:
+            check_count("eos_token_id", stop, 0)
+            if stop >= vocab_size:
+                raise ValueError(f"eos_token_id must be below {vocab_size}, got {stop}")
+        return [int(stop) for stop in stops]

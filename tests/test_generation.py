@@ -20,13 +20,11 @@ SMALL: dict[str, Any] = {"vocab_size": V, "n_positions": P, "n_embd": 24, "n_lay
 
 
 @pytest.fixture(autouse=True)
-def _as_on_a_cpu():
-    """What "auto" takes on a CPU; without this, conftest's interpreted kernels, which have tests of their own. One
-    thread: decoding waits for threads more than it gains by them wherever cores are shared."""
+def _one_thread():
+    """Decoding waits for threads more than it gains by them wherever cores are shared."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with gptfast.use_backend("torch"):
-        yield
+    yield
     torch.set_num_threads(threads)
 
 
@@ -367,16 +365,25 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"attention_mask": torch.ones(2, 4)}, ValueError, r"attention_mask must be \[2, 5\], .*, got \[2, 4\]"),
     ({"attention_mask": [[1] * 5] * 2}, TypeError, "attention_mask must be a tensor, got list"),
     ({"attention_mask": torch.tensor([[1] * 5, [0] * 5])}, ValueError, "attention_mask has a row without any token"),
-    ({"temperature": 0.0}, ValueError, "temperature must be positive, got 0.0; .* do_sample=False"),
-    ({"temperature": float("nan")}, ValueError, "temperature must be positive, got nan"),
-    ({"top_k": -1}, ValueError, "top_k must be at least 1, or 0 or None for all, got -1"),
-    ({"top_p": 0.0}, ValueError, r"top_p must be in \(0, 1\], got 0.0"),
-    ({"top_p": 1.5}, ValueError, r"top_p must be in \(0, 1\], got 1.5"),
+    ({"temperature": 0.0, "do_sample": True}, ValueError, "temperature must be positive, got 0.0; .* do_sample=False"),
+    ({"temperature": float("nan"), "do_sample": True}, ValueError, "temperature must be positive, got nan"),
+    ({"top_k": -1}, ValueError, "top_k must be at least 0, got -1"),
+    ({"top_k": 3.5}, TypeError, "top_k must be an int, got 3.5"),
+    ({"top_p": 0.0, "do_sample": True}, ValueError, r"top_p must be in \(0, 1\], got 0.0"),
+    ({"top_p": 1.5, "do_sample": True}, ValueError, r"top_p must be in \(0, 1\], got 1.5"),
     ({"seed": 1, "generator": torch.Generator()}, ValueError, "seed and generator cannot both be given"),
     ({"num_return_sequences": 0}, ValueError, "num_return_sequences must be at least 1, got 0"),
     ({"pad_token_id": -1}, ValueError, "pad_token_id must be from 0 to 96, got -1"),
     ({"pad_token_id": V}, ValueError, "pad_token_id must be from 0 to 96, got 97"),
-    ({"num_beams": 4}, TypeError, "num_beams"),
+    ({"num_beams": 4}, ValueError, "num_beams must be 1, got 4"),
+    ({"return_dict_in_generate": True}, ValueError, "return_dict_in_generate must be False"),
+    ({"max_new_tokens": 3.0}, TypeError, "max_new_tokens must be an int, got 3.0"),
+    ({"min_new_tokens": -1}, ValueError, "min_new_tokens must be at least 0, got -1"),
+    ({"eos_token_id": "a"}, TypeError, "eos_token_id must be an int, got 'a'"),
+    ({"eos_token_id": [1, V]}, ValueError, "eos_token_id must be below 97, got 97"),
+    ({"repetition_penalty": 0.0}, ValueError, "repetition_penalty must be positive, got 0.0"),
+    ({"seed": -1}, ValueError, "seed must be from 0 to"),
+    ({"beams": 4}, TypeError, "beams"),
 ]
 
 
@@ -387,6 +394,40 @@ def test_bad_arguments(arguments, error, message):
         model.generate(**{"input_ids": ids(2, 5), "streamer": recorder, **arguments})
     assert choices == []
     assert recorder.seen == []
+
+
+def test_neutral_settings_change_nothing():
+    model, x = make(), ids(2, 5)
+    neutral = {"temperature": None, "top_k": None, "top_p": None, "repetition_penalty": 1.0, "num_beams": 1}
+    assert torch.equal(model.generate(x), model.generate(x, **neutral, min_new_tokens=0))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_huge_repetition_penalty_repeats_nothing(use_cache):
+    model, x = make(), ids(3, 6)
+    for row in model.generate(x, max_new_tokens=30, repetition_penalty=1e9, use_cache=use_cache)[:, 6:]:
+        assert len(row.unique()) == 30
+    shift = torch.tensor([[0, 0, 1, 1, 1, 1]] * 3)
+    padded = model.generate(x, attention_mask=shift, repetition_penalty=1.3, use_cache=use_cache)
+    assert torch.equal(padded[:, 6:], model.generate(x[:, 2:], repetition_penalty=1.3)[:, 4:])
+
+
+def test_min_new_tokens_puts_stopping_off():
+    model, x = make(), ids(1, 6)
+    stop = int(model.generate(x)[0, 6])  # the first token it would write
+    assert model.generate(x, eos_token_id=stop).shape[1] == 7
+    text = model.generate(x, eos_token_id=stop, min_new_tokens=9)[0, 6:]
+    assert len(text) >= 9
+    assert stop not in text[:9]
+
+
+def test_padding_is_seen_without_a_mask():
+    model, x = make(pad_token_id=0), ids(2, 6).clamp(min=1)
+    x[1, :3] = 0
+    assert torch.equal(model.generate(x), model.generate(x, attention_mask=x != 0))
+    assert not torch.equal(model.generate(x), model.generate(x, attention_mask=torch.ones_like(x)))
+    stop = {"eos_token_id": 0}  # an id that is a stop token too says nothing of padding
+    assert torch.equal(model.generate(x, **stop), model.generate(x, attention_mask=torch.ones_like(x), **stop))
 
 
 # ---- the cache, through forward ----

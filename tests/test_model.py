@@ -33,13 +33,6 @@ SMALL: dict[str, Any] = {"vocab_size": V, "n_positions": P, "n_embd": C, "n_laye
 B, N, T = 2, 3, 7
 
 
-@pytest.fixture(autouse=True)
-def _as_on_a_cpu():
-    """What "auto" takes on a CPU; without this, conftest's interpreted kernels, which have tests of their own."""
-    with gptfast.use_backend("torch"):
-        yield
-
-
 def make(kind=LM, seed=0, **settings):
     """A model in eval mode whose weights are wide enough that attention is far from uniform."""
     model = getattr(gptfast, kind)(gptfast.OpenAIGPTConfig(**{**SMALL, "pad_token_id": 0, **settings})).eval()

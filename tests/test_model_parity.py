@@ -30,13 +30,6 @@ SMALL: dict[str, Any] = {"vocab_size": 40, "n_positions": 24, "n_embd": 24, "n_l
 FLOAT32_ROUNDING = 1e-5
 
 
-@pytest.fixture(autouse=True)
-def _as_on_a_cpu():
-    """What "auto" takes on a CPU; without this, conftest's interpreted kernels, which have tests of their own."""
-    with gptfast.use_backend("torch"):
-        yield
-
-
 def pair(kind, seed=0, std=0.3, **settings):
     """(ours, HuggingFace's), in eval mode, with equal weights."""
     settings = {**SMALL, **settings}
