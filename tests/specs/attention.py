@@ -79,7 +79,12 @@ def mutant(name: str, tests: str, old: str, new: str, file: str = FILE) -> Mutan
 MUTANTS = [
     mutant("strides of heads dropped", "layouts", "x.stride()[:3])", "(*x.stride()[:2], x.shape[-1]))"),
     mutant("strides of rows dropped", "qkvpacked", "[:, None] * stride + d\n    if", "[:, None] * D + d\n    if"),
-    mutant("scale ignored in forward", "softmax_scale", "tl.max(scores, 1) * scale_log2)", "tl.max(scores, 1))"),
+    mutant(
+        "scale ignored in forward",
+        "softmax_scale",
+        "tl.exp2(scores * scale_log2 - shift[:, None])",
+        "tl.exp2(scores - shift[:, None])",
+    ),
     mutant("scale ignored in dQ", "softmax_scale", "_store_rows(acc * scale,", "_store_rows(acc,"),
     mutant("scale ignored in dK", "softmax_scale", "acc_k * scale, 0.0)", "acc_k, 0.0)"),
     mutant("causal mask off by one", "test_lengths", "tl.where(distance <= right", "tl.where(distance <= right + 1"),
@@ -138,9 +143,7 @@ MUTANTS = [
         "kept = keep(seed, row[:, None], n[None, :], dropout_p)",
         "kept = keep(seed + 1, row[:, None], n[None, :], dropout_p)",
     ),
-    mutant(
-        "dropout rows differ in dK and dV", "test_dropout", "first_row + g * longest, lo, tl", "first_row + g, lo, tl"
-    ),
+    mutant("dropout rows differ in dK and dV", "varlen", "first_row + g * longest, lo, tl", "first_row + g, lo, tl"),
     mutant("dropout not made up for", "test_dropout", "row_sum * (1.0 - dropout_p)", "row_sum"),
     mutant("sequences mixed up", "varlen", "tl.load(cu_seqlens + b + 1) - first", "tl.load(cu_seqlens + b + 1)"),
     mutant(

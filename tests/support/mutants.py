@@ -67,6 +67,15 @@ def _survives(mutant: Mutant) -> str | None:
     return f"pytest ended with {result.returncode}:\n{result.stdout[-1500:]}{result.stderr[-500:]}"
 
 
+def _union(commands: list[str]) -> list[str]:
+    """pytest arguments, a line for each file, that run what all of ``commands``, "FILE" or "FILE -k WORDS", run."""
+    words: dict[str, set[str]] = {}
+    for command in commands:
+        file, *options = shlex.split(command)
+        words.setdefault(file, set()).add(options[1] if options else "")
+    return [file if "" in of else f"{file} -k {shlex.quote(' or '.join(sorted(of)))}" for file, of in words.items()]
+
+
 def main(words: list[str]) -> None:
     """Runs the mutants; exit code 1 where one survives, or where the unbroken source fails."""
     todo: list[tuple[str, Mutant]] = []
@@ -78,7 +87,7 @@ def main(words: list[str]) -> None:
 
     survivors = 0
     with _copy() as root:
-        for tests in sorted({mutant.tests for _, mutant in todo}):
+        for tests in _union([mutant.tests for _, mutant in todo]):
             result = _pytest(root, tests)
             if result.returncode:
                 sys.exit(f"the unbroken source fails `pytest {tests}`:\n{result.stdout[-3000:]}{result.stderr[-500:]}")
