@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
+import re
 import statistics
 import sys
 import time
@@ -32,7 +33,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def _device(args: argparse.Namespace) -> torch.device:
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {args.device}: this PyTorch sees {torch.cuda.device_count()} GPUs")
     return device
@@ -50,8 +54,8 @@ def _encode(tokenizer: OpenAIGPTTokenizer, text: str) -> list[int]:
 
 
 def _read(file: str) -> str:
-    try:
-        return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    try:  # bytes, so that what is counted is what the file holds
+        return (sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text: {error}") from error
 
@@ -66,15 +70,17 @@ def _stream(
     ids = _encode(tokenizer, prompt)
     if not ids:
         raise ValueError(f"--prompt must hold at least one token, got {prompt!r}")
+    new: list[int] = []
+    steps = model.generate_stream(torch.tensor([ids], device=model.device), **settings)  # refuses before it starts
     if echo:
         print(tokenizer.decode(ids), end=" ", flush=True)
-    new: list[int] = []
     started = first = time.perf_counter()
-    for tokens in model.generate_stream(torch.tensor([ids], device=model.device), **settings):
+    for tokens in steps:
         new.append(int(tokens))
         first = time.perf_counter() if len(new) == 1 else first
         if echo:
-            print(tokenizer.convert_ids_to_tokens(new[-1]).replace("</w>", " "), end="", flush=True)
+            token = tokenizer.convert_ids_to_tokens(new[-1])
+            print("\n" if token == "\n</w>" else token.replace("</w>", " "), end="", flush=True)
     ended = time.perf_counter()
     if echo:
         print()
@@ -135,7 +141,7 @@ def score(args: argparse.Namespace) -> None:
     if len(ids) < 2:
         raise ValueError(f"{args.file} has {len(ids)} tokens, at least 2 are needed")
     started = time.perf_counter()
-    with tqdm(total=len(ids) - 1, unit="token", desc="scoring", disable=args.json) as bar:
+    with tqdm(total=len(ids) - 1, unit="token", desc="scoring", disable=args.json, delay=0.5) as bar:
         result = score_ids(
             model,
             ids,
@@ -169,30 +175,22 @@ def score(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     from .tokenizer import train_tokenizer
-    from .train import STATE_FILE, Settings, plot_log, read_texts, split_held_out
+    from .train import Settings, check_output, plot_log, read_texts, split_held_out
     from .train import train as run
 
     fields = [field.name for field in dataclasses.fields(Settings) if field.name != "dtype"]
     settings = Settings(**{name: getattr(args, name) for name in fields}, dtype=args.dtype or "float32")
     texts, output = read_texts(args.files), Path(args.output)
-    if (output / STATE_FILE).exists() and not args.resume:
-        raise FileExistsError(f"{output} holds an unfinished run: pass --resume, or choose another --output")
+    check_output(output, args.resume)
 
     torch.manual_seed(settings.seed)
     if args.model is not None:
         tokenizer = OpenAIGPTTokenizer.from_pretrained(args.model)
         model = OpenAIGPTLMHeadModel.from_pretrained(args.model, dtype=torch.float32)
     else:
-        if (output / "vocab.json").exists() and args.resume:
-            tokenizer = OpenAIGPTTokenizer.from_pretrained(output)
-        else:
-            print(f"learning a vocabulary of {args.vocab_size} from {len(texts)} files …", file=sys.stderr)
-            tokenizer = train_tokenizer([split_held_out(text, settings.held_out)[0] for text in texts], args.vocab_size)
-            output.mkdir(parents=True, exist_ok=True)
-            tokenizer.save_pretrained(output)
         config = OpenAIGPTConfig(
-            vocab_size=len(tokenizer),
-            n_positions=args.n_positions,
+            vocab_size=args.vocab_size,
+            n_positions=args.context if args.n_positions is None else args.n_positions,
             n_embd=args.n_embd,
             n_layer=args.n_layer,
             n_head=args.n_head,
@@ -201,6 +199,18 @@ def train(args: argparse.Namespace) -> None:
             attn_pdrop=args.attention_dropout,
             initializer_range=args.initializer_range,
         )
+        if config.n_embd % config.n_head:
+            raise ValueError(f"--n-embd must be a multiple of --n-head, got {config.n_embd} and {config.n_head}")
+        if config.n_positions < settings.context:
+            raise ValueError(f"--n-positions must be at least --context = {settings.context}, got {config.n_positions}")
+        if (output / "vocab.json").exists() and args.resume:
+            tokenizer = OpenAIGPTTokenizer.from_pretrained(output)
+        else:
+            print(f"learning a vocabulary of {args.vocab_size} from {len(texts)} files …", file=sys.stderr)
+            tokenizer = train_tokenizer([split_held_out(text, settings.held_out)[0] for text in texts], args.vocab_size)
+            output.mkdir(parents=True, exist_ok=True)
+            tokenizer.save_pretrained(output)
+        config.vocab_size = len(tokenizer)
         model = OpenAIGPTLMHeadModel(config)
     model.to(_device(args))
     print(f"{model.num_parameters():,} parameters on {model.device}", file=sys.stderr)
@@ -408,7 +418,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--evaluate-every", type=int, default=500, help="steps")
     new = sub.add_argument_group("a new model")
     new.add_argument("--vocab-size", type=int, default=4096)
-    new.add_argument("--n-positions", type=int, default=512)
+    new.add_argument("--n-positions", type=int, help="as --context if not given")
     new.add_argument("--n-embd", type=int, default=192)
     new.add_argument("--n-layer", type=int, default=6)
     new.add_argument("--n-head", type=int, default=3)
@@ -431,8 +441,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
-    except (OSError, ValueError, TypeError, ImportError, FloatingPointError) as error:
-        print(f"gptfast: error: {error}", file=sys.stderr)
+    except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, FloatingPointError) as error:
+        message = error.args[0] if isinstance(error, KeyError) else error  # str() of a KeyError is a repr
+        print(f"gptfast: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"gptfast: interrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr)

@@ -33,7 +33,6 @@ from .tokenizer import OpenAIGPTTokenizer
 STATE_FILE = "training_state.pt"
 LOG_FILE = "training_log.jsonl"
 SUMMARY_FILE = "training.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -213,7 +212,7 @@ def train(
         log_file.write_text("")
 
     device = model.device
-    autocast = torch.autocast(device.type, DTYPES[settings.dtype], enabled=settings.dtype != "float32")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16")
     model.train()
     bar = tqdm(total=settings.steps, initial=first, desc="training", unit="step", disable=not progress)
     started = time.perf_counter()

@@ -9,6 +9,7 @@ import torch
 
 from gptfast import OpenAIGPTLMHeadModel, OpenAIGPTTokenizer
 from gptfast.cli import SHIPPED, main
+from gptfast_kernels import use_backend
 
 POEMS = Path(__file__).parent / "data" / "poems.txt"
 
@@ -105,6 +106,32 @@ def test_train_then_generate(run, tmp_path):
     assert run("generate", "--model", folder, "--prompt", "What the hammer", "--max-new-tokens", 3)[0] == 0
 
 
+def test_a_finished_model_is_not_trained_over(run, tmp_path):
+    for file in SHIPPED.glob("*.*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    status, _, err = run("train", POEMS, "--output", tmp_path, "--steps", 3, "--vocab-size", 150)
+    assert status == 2
+    assert "finished model" in err
+    assert (tmp_path / "vocab.json").read_bytes() == (SHIPPED / "vocab.json").read_bytes()
+
+
+def test_score_counts_the_bytes_of_the_file(run, tmp_path):
+    (tmp_path / "windows.txt").write_bytes("What the hammer?\r\nWhat the café?\r\n".encode())
+    assert json.loads(run("score", tmp_path / "windows.txt", "--json")[1])["bytes"] == 35
+
+
+def test_backend_of_the_environment(run, monkeypatch):
+    with use_backend("reference"):
+        rows = json.loads(run("explain", "--length", 16, "--json")[1])
+    assert {row["backend"] for row in rows} == {"reference"}
+    monkeypatch.setattr("gptfast_kernels._triton.INTERPRETED", False)
+    if not torch.cuda.is_available():
+        with use_backend("triton"):
+            status, _, err = run("explain", "--length", 16)
+        assert status == 2
+        assert "backend='triton' cannot run here" in err
+
+
 def test_explain_and_env(run):
     status, out, _ = run("explain", "--length", 16, "--json")
     assert status == 0
@@ -133,6 +160,13 @@ def test_explain_and_env(run):
         (["score", "missing.txt"], "missing.txt"),
         (["score", POEMS, "--context", 1024], "context must be from 2 to n_positions = 512, got 1024"),
         (["score", POEMS, "--device", "cuda:7" if not torch.cuda.is_available() else "cuda:99"], "cuda"),
+        (["score", POEMS, "--device", "nope"], "--device must be cpu, cuda or cuda:N, got 'nope'"),
+        (["generate", "--prompt", "a", "--seed", 2**64], "seed must be from 0 to"),
+        (["train", POEMS, "--output", "x", "--steps", 1, "--n-head", 5], "--n-embd must be a multiple of --n-head"),
+        (
+            ["train", POEMS, "--output", "x", "--steps", 1, "--n-positions", 99],
+            "--n-positions must be at least --context",
+        ),
         (["train", "missing.txt", "--output", "x", "--steps", 1], "missing.txt"),
         (["train", POEMS, "--output", "x", "--steps", 0], "steps must be at least 1, got 0"),
     ],

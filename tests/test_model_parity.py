@@ -610,14 +610,16 @@ def pair_that_speaks():
     return ours, theirs
 
 
+@pytest.mark.parametrize("repetition_penalty", [1.0, 1.3])
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_greedy_text_is_huggingfaces(use_cache):
+def test_greedy_text_is_huggingfaces(use_cache, repetition_penalty):
     ours, theirs = pair_that_speaks()
     x = ids(3, 8, size=300)
-    expected = theirs.generate(x, max_new_tokens=40, do_sample=False, pad_token_id=0)
+    penalty = {"repetition_penalty": repetition_penalty}
+    expected = theirs.generate(x, max_new_tokens=40, do_sample=False, pad_token_id=0, **penalty)
     assert len({tuple(row[8:].tolist()) for row in expected}) == 3
     assert min(len(row.unique()) for row in expected) > 14
-    assert torch.equal(ours.generate(x, max_new_tokens=40, use_cache=use_cache), expected)
+    assert torch.equal(ours.generate(x, max_new_tokens=40, use_cache=use_cache, **penalty), expected)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
