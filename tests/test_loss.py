@@ -209,6 +209,26 @@ def test_target_out_of_range_where_it_cannot_be_checked():
         assert rows.isnan().tolist() == [False, True, True, False]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunk_with_rows_that_do_not_count(dtype):
+    """On a GPU a chunk holds them: finding them would cost a synchronisation."""
+    z, dloss = draw(6, 150, dtype=dtype), draw(6)
+    target = torch.tensor([0, 149, -100, -100, 63, 64], device=DEVICE)
+    scratch = torch.empty(6, 150, device=DEVICE)
+    exact = z[target >= 0].double().requires_grad_()
+    expected = F.cross_entropy(exact, target[target >= 0], reduction="none")
+    (dz,) = torch.autograd.grad(expected, exact, dloss[target >= 0].double())
+    for ours in (
+        loss._rows_torch(z.clone(), target, dloss, -100, scratch),
+        loss._rows_triton(z.clone(), target, dloss, -100),
+    ):
+        tolerance = 8 * torch.finfo(dtype).eps
+        torch.testing.assert_close(ours[0][target >= 0].double(), expected.detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours[1][target >= 0].double(), dz, rtol=tolerance, atol=tolerance)
+        assert not ours[0][target < 0].any()
+        assert not ours[1][target < 0].any()
+
+
 @pytest.mark.parametrize("kernel", [False, True])
 def test_registered(kernel):
     tensors = inputs(20, 24, V=50, bias=True)

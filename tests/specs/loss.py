@@ -40,7 +40,8 @@ MUTANTS = [
         "tl.where(column == target, 0.0, 0.0)",
         "no_worse and triton",
     ),
-    mutant("ignored rows", "tl.where(counts, dz * dloss, 0.0)", "dz * dloss", "no_worse and triton"),
+    mutant("ignored rows", "tl.where(counts, dz * dloss, 0.0)", "dz * dloss", "do_not_count"),
+    mutant("ignored rows in torch", "torch.where(counts, dloss, 0.0)[:, None]", "dloss[:, None]", "do_not_count"),
     mutant(
         "largest logit", "higher = tl.maximum(most, tl.max(z, 0))", "higher = tl.maximum(most, 0.0)", "large_logits"
     ),
