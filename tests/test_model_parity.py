@@ -175,20 +175,27 @@ def test_random_configs(kind, seed):
     check(kind, x, seed=seed, **settings)
 
 
-def test_full_size():
+@pytest.mark.parametrize("kind", KINDS)
+def test_full_size(kind):
     """12 layers, 768 wide, 40,478 tokens, 512 positions, of which the last."""
-    config = gptfast.OpenAIGPTConfig()
-    ours = gptfast.OpenAIGPTLMHeadModel(config).eval()
+    config = gptfast.OpenAIGPTConfig(pad_token_id=0)
+    ours = getattr(gptfast, kind)(config).eval()
     with torch.no_grad():
         for p in ours.parameters():
             if p.ndim == 1:
                 p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p))))
     with no_init_weights():
-        theirs = hf.OpenAIGPTLMHeadModel(transformers.OpenAIGPTConfig()).eval()
+        theirs = getattr(hf, kind)(transformers.OpenAIGPTConfig(pad_token_id=0)).eval()
     theirs.tie_weights()
     theirs.load_state_dict(ours.state_dict())
     x = ids(2, 20, size=config.vocab_size)
-    inputs = {"input_ids": x, "labels": x, "position_ids": torch.arange(492, 512)}
+    inputs = {"input_ids": x, "position_ids": torch.arange(492, 512)}
+    if kind == LM:
+        inputs["labels"] = x
+    elif kind == DOUBLE:  # one example of two choices
+        inputs |= {"input_ids": x[None], "labels": x[None], "mc_labels": torch.tensor([1])}
+    elif kind == CLASSIFIER:
+        inputs["labels"] = torch.tensor([1, 0])
     assert_equal(run(ours, inputs), run(theirs, inputs))
 
 
@@ -554,10 +561,10 @@ def test_problem_types(problem, told):
 # ---- half precision ----
 
 
-@pytest.mark.parametrize("kind", [BODY, LM, DOUBLE])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("padded", [False, True])
 def test_bfloat16_is_within_twice_huggingfaces_error(kind, padded):
-    ours, theirs = pair(kind, n_embd=64, n_head=4, n_layer=4, vocab_size=200, std=0.1)
+    ours, theirs = pair(kind, n_embd=64, n_head=4, n_layer=4, vocab_size=200, std=0.1, pad_token_id=0)
     for model in (ours, theirs):
         model.bfloat16()
     exact = copy.deepcopy(theirs).double()
@@ -566,7 +573,7 @@ def test_bfloat16_is_within_twice_huggingfaces_error(kind, padded):
     if padded:
         inputs["attention_mask"] = torch.ones(3, 20, dtype=torch.int64).index_fill(1, torch.tensor([15, 17, 19]), 0)
     if kind != BODY:
-        inputs["labels"] = x
+        inputs["labels"] = torch.tensor([0, 1, 1]) if kind == CLASSIFIER else x
     mine, other, oracle = run(ours, inputs), run(theirs, inputs), run(exact, inputs)
     for name in oracle:
         assert_no_worse_than_torch(name, mine[name], other[name], oracle[name])
