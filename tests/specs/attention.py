@@ -161,8 +161,8 @@ MUTANTS = [
     mutant(
         "Philox loses the key",
         "test_dropout",
-        "tl.philox(seed, ",
-        "tl.philox(seed * 0, ",
+        "tl.philox(seed, column",
+        "tl.philox(seed * 0, column",
         "kernels/gptfast_kernels/_philox.py",
     ),
 ]
