@@ -32,12 +32,18 @@ def inputs(*shape: int, dtype: torch.dtype, residual: bool, **how) -> dict:
 
 
 # 1: a row of one; 3: less than a vector; 768: GPT-1; 1600: not a power of two; 8193, 2049: walked in blocks, one
-# element over, in forward and in backward; 9 rows: more than there are programs in backward
+# element over, in forward and in backward
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(5, 1), (70, 3), (9, 768), (2, 2, 1600), (2, 8193), (9, 2049), (7,), (2, 1, 3, 40)])
+@pytest.mark.parametrize("shape", [(5, 1), (70, 3), (9, 768), (2, 2, 1600), (2, 8193), (3, 2049), (7,), (2, 1, 3, 40)])
 @pytest.mark.parametrize(("residual", "prenorm"), [(False, False), (True, False), (True, True)])
 def test_no_worse_than_torch(shape, dtype, residual, prenorm):
     assert_triton_no_worse(op(prenorm), inputs(*shape, dtype=dtype, residual=residual))
+
+
+@pytest.mark.parametrize("C", [40, 2049])
+def test_several_tiles_to_a_program(monkeypatch, C):
+    monkeypatch.setattr(normalization, "PROGRAMS_PER_SM", 1)
+    assert_triton_no_worse(op(), inputs(70 if C == 40 else 5, C, dtype=torch.float32, residual=True))
 
 
 @pytest.mark.parametrize("missing", [("weight",), ("bias",), ("weight", "bias")])

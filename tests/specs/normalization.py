@@ -92,6 +92,6 @@ MUTANTS = [
         "sums of wide rows added up",
         "tl.load(DWeight + partial, mask=column < N, other=0.0) + tl.sum",
         "0 * tl.load(DWeight + partial, mask=column < N, other=0.0) + tl.sum",
-        "no_worse and shape5",
+        "several_tiles",
     ),
 ]
