@@ -53,7 +53,7 @@ def set_default_backend(backend: str) -> None:
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """``set_default_backend`` for the length of a block."""
+    """``set_default_backend`` for the length of a block: for the whole process, so not from several threads at once."""
     before = _default
     set_default_backend(backend)
     try:
