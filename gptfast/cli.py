@@ -328,6 +328,21 @@ def demo(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     print(_speed(result))
+    if args.save is not None:
+        figures = {
+            "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.processor(),
+            "threads": torch.get_num_threads(),
+            "versions": {"gptfast": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            "dtype": str(model.dtype),
+            "shape": list(ids.shape),
+            "rounds": args.rounds,
+            "forward_ms": 1e3 * times[0],
+            "reference_ms": 1e3 * times[1],
+            "error": errors[0],
+            "reference_error": errors[1],
+            "generation": result,
+        }
+        Path(args.save).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def _double(model: OpenAIGPTLMHeadModel, ids: torch.Tensor) -> torch.Tensor:
@@ -374,6 +389,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--prompt", default=DEMO_PROMPT)
     sub.add_argument("--max-new-tokens", type=int, default=120)
     sub.add_argument("--rounds", type=int, default=10, help="of the timing")
+    sub.add_argument("--save", metavar="FILE", help="write the figures as JSON too")
     sub.add_argument("--seed", type=int, default=0)
 
     sub = command("generate", generate, "Continue a prompt.")

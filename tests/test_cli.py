@@ -25,9 +25,14 @@ def run(capsys):
     return run
 
 
-def test_demo_says_what_runs_checks_itself_and_speaks(run):
-    status, out, _ = run("demo", "--rounds", 1, "--max-new-tokens", 8, "--prompt", "The captain of the ship")
+def test_demo_says_what_runs_checks_itself_and_speaks(run, tmp_path):
+    file = tmp_path / "figures.json"
+    arguments = ["--max-new-tokens", 8, "--prompt", "The captain of the ship", "--save", file]
+    status, out, _ = run("demo", "--rounds", 1, *arguments)
     assert status == 0
+    figures = json.loads(file.read_text())
+    assert f"{figures['forward_ms']:.1f} ms, unfused reference {figures['reference_ms']:.1f} ms" in out
+    assert figures["generation"]["new_tokens"] == 8
     assert "flash_attention" in out
     assert "torch" in out
     error = float(out.split("against the reference in float64: ")[1].split(";")[0])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gptfast import OpenAIGPTLMHeadModel, OpenAIGPTTokenizer
-from gptfast.cli import SHIPPED
+from gptfast.cli import SHIPPED, _speed
 from gptfast.scoring import score_ids
 from gptfast.train import LOG_FILE, SUMMARY_FILE, read_texts, split_held_out
 
@@ -44,6 +44,19 @@ def test_pages_say_what_the_summary_says(page):
     assert perplexity == f"{SUMMARY['held_out_perplexity']:.2f}"
     assert bits == f"{SUMMARY['held_out_bits_per_byte']:.3f}"
     assert f"{SUMMARY['parameters']:,}" in text
+
+
+def test_readmes_demo_is_the_run_that_was_kept():
+    figures = json.loads((ROOT / "benchmarks" / "results" / "demo-cpu.json").read_text())
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f": {figures['forward_ms']:.1f} ms, unfused reference {figures['reference_ms']:.1f} ms" in page
+    assert (
+        f"float64: {figures['error']:.1e}; the unfused reference itself errs by {figures['reference_error']:.1e}"
+        in page
+    )
+    assert _speed(figures["generation"]) in page
+    shown = page.split("times as fast")[1].split("[")[0]
+    assert shown.split() == figures["generation"]["text"].split()
 
 
 def test_log_reaches_the_last_step_and_learns():
