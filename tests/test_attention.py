@@ -214,6 +214,13 @@ def test_padding_holds_anything():
         assert torch.equal(x, clean[name][:1]), name
 
 
+def test_layouts_of_the_mask():
+    q, k, v, dout = qkv(B=2, T=20, H=1)
+    mask = torch.arange(20, device=DEVICE) % 3 > torch.tensor([[0], [1]], device=DEVICE)
+    for strided in (mask.t().contiguous().t(), torch.stack([mask, ~mask], -1)[..., 0], mask[:1].expand(2, 20)):
+        check(q, k, v, dout, key_padding_mask=strided)
+
+
 def clean_slots(x: Tensor, mask: Tensor) -> Tensor:
     return x.masked_fill(~mask[:, :, None, None], 0.0)
 
@@ -405,6 +412,20 @@ def test_varlen(causal, dropout_p):
             torch.testing.assert_close(lse, oracle["lse"].float())
 
 
+def test_layouts_of_the_starts():
+    q, k, v, dout = (x[0] for x in qkv(T=20, H=1))
+    cu = torch.tensor([0, 7, 20], dtype=torch.int32, device=DEVICE)
+
+    def attend(cu):
+        how = {"return_lse": True, "backend": "triton"}
+        return run(lambda q, k, v: flash_attention_varlen(q, k, v, cu, cu, 13, 13, **how), q, k, v, dout)
+
+    expected = attend(cu)
+    for strided in (torch.stack([cu, cu + 1], 1)[:, 0], cu.long()):
+        for name, x in attend(strided).items():
+            assert torch.equal(x, expected[name]), name
+
+
 # ---- probabilities
 
 
@@ -541,6 +562,32 @@ def test_fullgraph_with_dynamic_shapes():
             torch.testing.assert_close(got, expected)
 
 
+def test_fullgraph_of_several_sequences():
+    torch._dynamo.reset()
+    q, k, v, dout = (x[0] for x in qkv(T=20, H=1))
+    cu = torch.tensor([0, 7, 20], dtype=torch.int32, device=DEVICE)
+
+    def step(q, k, v):
+        return flash_attention_varlen(q, k, v, cu, cu, 13, 13, return_lse=True, backend="triton")
+
+    expected = run(step, q, k, v, dout)
+    got = run(torch.compile(step, fullgraph=True, backend="aot_eager"), q, k, v, dout)
+    for name, x in got.items():
+        torch.testing.assert_close(x, expected[name])
+
+
+def test_fullgraph_of_one_tensor_for_all():
+    torch._dynamo.reset()
+
+    def step(x):
+        return flash_attention(x, x, x, backend="triton").square().sum()
+
+    x = torch.randn(1, 5, 1, 16, device=DEVICE, requires_grad=True)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    (got,), (expected,) = (torch.autograd.grad(run_step(x), x) for run_step in (compiled, step))
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
 def test_autocast(backend):
     q, k, v, _ = (x.requires_grad_() for x in qkv(T=5))
@@ -638,20 +685,23 @@ def test_errors(error, message, change):
         flash_attention(**arguments, **how)
 
 
-def test_varlen_errors():
+def test_errors_of_other_arguments():
     q, k, v, _ = (x[0] for x in qkv(T=6))
-    cu = torch.tensor([0, 2, 6], dtype=torch.int32)
+    cu = torch.tensor([0, 2, 6], dtype=torch.int32, device=DEVICE)
     for error, message, arguments in [
         (ValueError, "q must be \\[total, heads, head dim\\]", (q[None], k, v, cu, cu, 4, 4)),
         (ValueError, "max_seqlen_q is 3, but a sequence has 4 positions", (q, k, v, cu, cu, 3, 4)),
         (ValueError, "cu_seqlens_k must rise from 0 to the total, 6", (q, k, v, cu, cu + 1, 4, 4)),
         (ValueError, "cu_seqlens_k must be \\[B \\+ 1\\], the same for q and k", (q, k, v, cu, cu[:2], 4, 4)),
         (TypeError, "cu_seqlens_q must be int32 or int64", (q, k, v, cu.float(), cu, 4, 4)),
+        (ValueError, "cu_seqlens_k is on meta, but q is on", (q, k, v, cu, cu.to("meta"), 4, 4)),
     ]:
         with pytest.raises(error, match=message):
             flash_attention_varlen(*arguments, backend="torch")
     with pytest.raises(ValueError, match="qkv must be"):
         flash_attention_qkvpacked(q)
+    with pytest.raises(ValueError, match="key_padding_mask is on meta, but k is on"):
+        flash_attention(q[None], k[None], v[None], key_padding_mask=torch.ones(1, 6, device="meta"))
 
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:86", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942"])

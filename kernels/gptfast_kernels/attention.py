@@ -20,6 +20,7 @@ Shapes: B batch, T query length, S key length, H query heads, Hkv key/value head
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, overload
@@ -633,8 +634,8 @@ def _strides(*tensors: Tensor | None) -> tuple[int, ...]:
     return tuple(stride for x in tensors if x is not None for stride in x.stride()[:3])
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _rows_contiguous(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 def _constants(kernel: str, q: Tensor, k: Tensor, dropout: bool) -> dict[str, int | str | bool]:
@@ -663,6 +664,7 @@ def _forward(
     if q.numel() == 0 or k.numel() == 0:
         return out.zero_(), lse2.fill_(-math.inf)
     q, k, v = (_rows_contiguous(x) for x in (q, k, v))
+    cu_seqlens_q, cu_seqlens_k, padding = (_rows_contiguous(x) for x in (cu_seqlens_q, cu_seqlens_k, padding))
     constants = _constants("forward", q, k, seed is not None)
     sequences = B if cu_seqlens_q is None else len(cu_seqlens_q) - 1
     grid = (triton.cdiv(max_seqlen_q, constants["BLOCK_M"]) * sequences * H,)
@@ -686,6 +688,7 @@ def _backward(
         return
     B, rows, H = q.shape[:3]
     q, k, v, dout = (_rows_contiguous(x) for x in (q, k, v, dout))
+    cu_seqlens_q, cu_seqlens_k, padding = (_rows_contiguous(x) for x in (cu_seqlens_q, cu_seqlens_k, padding))
     dlse2 = None if dlse2 is None else dlse2.contiguous()
     delta = torch.empty(lse2.shape, dtype=torch.float32, device=q.device)
     sequences = B if cu_seqlens_q is None else len(cu_seqlens_q) - 1
@@ -880,9 +883,11 @@ def _how(q, T, S, window, softmax_scale, dropout_p, padding=None, cu_seqlens_q=N
     return cu_seqlens_q, cu_seqlens_k, T, S, softmax_scale, left, right, dropout_p, seed, padding
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, how: tuple) -> tuple[Tensor, Tensor]:
+def _flash(q: Tensor, k: Tensor, v: Tensor, how: Sequence) -> tuple[Tensor, Tensor]:
     """(O, log2(e) * LSE) by our kernels, with what backward needs only where a gradient is wanted."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        if torch.compiler.is_compiling():  # it refuses one tensor in two places, as x, x, x or one cu_seqlens for both
+            q, k, v, *how = (x.view_as(x) if isinstance(x, Tensor) else x for x in (q, k, v, *how))
         return _Attention.apply(q, k, v, *how)
     return torch.ops.gptfast.attention_forward.default(q, k, v, *how)
 
@@ -1053,7 +1058,7 @@ def flash_attention_varlen(
         q: [total_q, H, D]. k, v: [total_k, Hkv, D].
         cu_seqlens_q, cu_seqlens_k: int32 or int64 [B + 1], where each sequence starts, and the total at the end.
         max_seqlen_q, max_seqlen_k: the longest sequence. What the Triton kernels read on a GPU is not checked against
-            it, which would be a synchronisation: of a longer sequence they leave the rest out.
+            it, which would be a synchronisation: the rest of a longer sequence stays uninitialised.
         causal, softmax_scale, dropout_p, window_size, return_lse, deterministic, backend: as ``flash_attention``.
 
     Returns:
@@ -1074,8 +1079,10 @@ def flash_attention_varlen(
             raise ValueError(f"{name} must be [B + 1], the same for q and k, got shape {list(cu.shape)}")
         if cu.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name} must be int32 or int64, got {cu.dtype}")
+        if cu.device != q.device:
+            raise ValueError(f"{name} is on {cu.device}, but q is on {q.device}")
     chosen = _choose("flash_attention_varlen", q, scale, False, deterministic, backend)
-    if chosen == "triton" and q.is_cuda:
+    if chosen == "triton" and (q.is_cuda or torch.compiler.is_compiling()):
         starts_q = starts_k = []
     else:
         starts_q = _starts("q", cu_seqlens_q, len(q), max_seqlen_q)
@@ -1147,6 +1154,8 @@ def _window_of(causal: bool, window_size: Window) -> Window:
 def _as_mask(key_padding_mask: Tensor, k: Tensor) -> Tensor:
     """bool [B, S], of a mask or of lengths."""
     B, S = k.shape[:2]
+    if key_padding_mask.device != k.device:
+        raise ValueError(f"key_padding_mask is on {key_padding_mask.device}, but k is on {k.device}")
     if key_padding_mask.dtype == torch.bool:
         if key_padding_mask.shape != (B, S):
             raise ValueError(f"key_padding_mask must be [B, S] = {[B, S]}, got shape {list(key_padding_mask.shape)}")

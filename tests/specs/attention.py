@@ -101,6 +101,12 @@ MUTANTS = [
         "n[:, None] - m[None, :]",
     ),
     mutant("padding read as keys", "padding", "other=0) != 0", "other=0) != 2"),
+    mutant(
+        "strides within the mask dropped",
+        "layouts_of_the_mask",
+        "    return x if x is None or x.stride(-1) == 1 else x.contiguous()",
+        "    return x if x is None or x.ndim < 3 or x.stride(-1) == 1 else x.contiguous()",
+    ),
     mutant("padding has gradients", "padding", "tl.where(inside[:, None], acc_v, 0.0)", "acc_v"),
     mutant(
         "keys beyond the end are seen",
