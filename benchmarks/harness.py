@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
 
 def environment() -> dict[str, Any]:
@@ -17,6 +18,7 @@ def environment() -> dict[str, Any]:
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "multiprocessors": properties.multi_processor_count,
         "torch": torch.__version__,
+        "triton": triton.__version__,
         "cuda": torch.version.cuda or torch.version.hip,
         "python": platform.python_version(),
     }
@@ -27,10 +29,11 @@ def time_in_turn(
 ) -> dict[str, dict[str, Any]]:
     """{name: {"ms", "ms_10", "ms_90"}}: median and quantiles of each, or {"error"} for one that cannot run here.
 
-    One call of each contender after another, so that a drift of clocks hits all alike; before each call the L2 cache is
-    flushed by writing 256 MB.
+    One call of each contender after another, so that a drift of clocks hits all alike. Before each call 1 GiB is
+    written: that flushes the L2 cache, and takes the GPU longer than Python takes to launch the call, so that what is
+    timed is the kernels.
     """
-    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
+    flush = torch.empty(2**30, dtype=torch.int8, device="cuda")
     results: dict[str, dict[str, Any]] = {}
     samples: dict[str, list[float]] = {}
     for name, call in contenders.items():
@@ -68,10 +71,10 @@ def limits() -> dict[str, float]:
     }
 
 
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_rows(path: Path, rows: Iterable[dict[str, Any]], append: bool = False) -> None:
     """A JSON line for each row as it comes, so that a run that is cut off keeps what it has."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with path.open("a" if append else "w") as file:
         for row in rows:
             file.write(json.dumps(row) + "\n")
             file.flush()
