@@ -65,7 +65,8 @@ def check(q, k, v, dout, dlse=None, kept=None, **how) -> dict[str, Tensor]:
     theirs = run(torchs, q, k, v, dout, dlse)
     oracle = run(reference, q.double(), k.double(), v.double(), dout.double(), dlse)
     for name, x in ours.items():
-        magnitude = 1.0 if name == "lse" else 0.0  # a logsumexp near 0 comes from scores that are not
+        # a logsumexp near 0 comes from scores that are not, and the gradient of one key's softmax, 0, from two terms
+        magnitude = (1.0 if q.dtype == torch.float32 else 0.01) if name in ("lse", "dq", "dk") else 0.0
         assert_no_worse_than_torch(name, x, theirs[name], oracle[name], magnitude=magnitude)
     return ours
 
