@@ -78,17 +78,24 @@ def test_nothing(M, N, K):
     torch.testing.assert_close(gradients, expected)
 
 
-def test_tf32_only_where_the_user_allows_it():
+@pytest.mark.parametrize(
+    "allow",
+    [
+        lambda: torch.set_float32_matmul_precision("high"),
+        lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    ],
+    ids=["torch's older switch", "and its newer one"],
+)
+def test_tf32_only_where_the_user_allows_it(allow):
     """1 + 2^-12 is 1 in TF32."""
     x, weight = torch.full((1, 16), 1 + 2**-12, device=DEVICE), torch.eye(16, device=DEVICE)
     exact = F.gelu(x, approximate="tanh")
     torch.testing.assert_close(linear_gelu(x, weight, backend="triton"), exact, rtol=1e-6, atol=0)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+    allow()
     try:
         assert (linear_gelu(x, weight, backend="triton") - exact).abs().max() > 1e-4
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_offset_beyond_two_gigabytes():
@@ -131,6 +138,11 @@ def test_autocast(bias):
     assert y["triton"].dtype == y["torch"].dtype == torch.bfloat16
     torch.testing.assert_close(y["triton"], y["torch"], rtol=2e-2, atol=2e-2)
     assert {g.dtype for g in torch.autograd.grad(y["triton"].float().sum(), leaves)} == {torch.float32}
+
+
+def test_autocast_leaves_float64_alone():
+    with torch.autocast(DEVICE, dtype=torch.bfloat16), pytest.raises(TypeError, match=r"weight is torch\.float64"):
+        linear_gelu(draw(2, 16), draw(16, 16).double())
 
 
 def test_second_derivatives_are_refused():

@@ -87,7 +87,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
-def dot_precision(x: Tensor) -> str:
-    """``tl.dot``'s input_precision for x: IEEE float32, unless the user allowed TF32 through torch's own switch."""
-    allowed = x.is_cuda and not torch.version.hip and torch.backends.cuda.matmul.fp32_precision == "tf32"
+def dot_precision() -> str:
+    """``tl.dot``'s input_precision: IEEE float32, unless the user allowed TF32 through torch's own switch."""
+    allowed = not torch.version.hip and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"

@@ -643,7 +643,7 @@ def _constants(kernel: str, q: Tensor, k: Tensor, dropout: bool) -> dict[str, in
     row = config(kernel, _triton.target(q.device), q.dtype, D, group, dropout)
     return {
         "GROUP": group,
-        "PRECISION": _triton.dot_precision(q),
+        "PRECISION": _triton.dot_precision(),
         "D": D,
         "BLOCK_D": max(16, triton.next_power_of_2(D)),
         "BLOCK_M": row.block_m,

@@ -136,7 +136,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, w
                 weight.stride(0),
                 weight.stride(1),
                 TANH=approximate == "tanh",
-                PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+                PRECISION=_triton.dot_precision(),
                 BLOCK_M=how.block_m,
                 BLOCK_N=how.block_n,
                 BLOCK_K=how.block_k,
@@ -236,8 +236,6 @@ def check_linear(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> N
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"bias must have shape [{N}] to fit weight {[N, K]}, got {list(bias.shape)}")
     _dispatch.check_floats(**{name: x, "weight": weight, "bias": bias})
-    if torch.is_autocast_enabled(x.device.type):
-        return
     for other, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and parameter.dtype != x.dtype:
+        if parameter is not None and linear_dtype(parameter) != linear_dtype(x):
             raise TypeError(f"{other} is {parameter.dtype}, but {name} is {x.dtype}: cast one, or use torch.autocast")

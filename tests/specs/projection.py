@@ -40,7 +40,7 @@ MUTANTS = [
     mutant("stride of x", "m[:, None] * stride_x", "m[:, None] * K", "each_layout"),
     mutant("last step of k", "(k[None, :] < K - start)", "(k[None, :] < K)", "no_worse"),
     mutant("64-bit rows", "tl.arange(0, BLOCK_M).to(tl.int64)", "tl.arange(0, BLOCK_M)", "beyond_two_gigabytes"),
-    mutant("IEEE float32", '"ieee" if torch', '"tf32" if torch', "tf32"),
+    mutant("IEEE float32", "PRECISION=_triton.dot_precision()", 'PRECISION="tf32"', "tf32"),
     mutant(
         "ragged group of rows",
         "% (GROUP * across) // group_rows",
