@@ -160,6 +160,35 @@ def test_large_logits(backend):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_words_that_cannot_come(backend):
+    """A bias of -inf, over a whole block of columns too."""
+    tensors = inputs(20, 24, V=150, bias=True)
+    tensors["bias"][:64] = -float("inf")
+    tensors["target"] = tensors["target"].clamp(min=64)
+    found = outputs_and_gradients(op(), backend, tensors)
+    torch.testing.assert_close(found, outputs_and_gradients(op(), "reference", tensors), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_gradients_whose_sum_is_no_float16(monkeypatch, backend):
+    """4,096 rows in one chunk, whose gradients add up to 73,728; their mean is 18."""
+    monkeypatch.setattr(loss, "MIN_ROWS", 4096)
+    hidden = torch.full((4096, 16), 20.0, dtype=torch.float16, device=DEVICE)
+    weight = torch.zeros(10, 16, dtype=torch.float16, device=DEVICE, requires_grad=True)
+    target = torch.zeros(4096, dtype=torch.int64, device=DEVICE)
+    (dweight,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, target, backend=backend), weight)
+    torch.testing.assert_close(dweight[0], torch.full_like(dweight[0], -18.0), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_hidden_without_columns(backend):
+    hidden, weight = (torch.zeros(*shape, 0, device=DEVICE, requires_grad=True) for shape in ((2, 3), (5,)))
+    total = linear_cross_entropy(hidden, weight, torch.zeros(2, 3, device=DEVICE).long(), backend=backend)
+    torch.testing.assert_close(total, torch.tensor(5.0, device=DEVICE).log())
+    assert [g.shape for g in torch.autograd.grad(total, (hidden, weight))] == [hidden.shape, weight.shape]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("hidden_dtype", [torch.bfloat16, torch.float32])
 def test_autocast_with_float32_weights(backend, hidden_dtype):
     tensors = inputs(20, 24, V=50, bias=True)
@@ -307,6 +336,7 @@ def test_peak_memory_is_a_tenth(reduction):
             r"target must have the shape \[2, 3\] of hidden's rows, got \[6\]",
             {"target": torch.zeros(6).long()},
         ),
+        (ValueError, "target is on meta, but hidden is on cpu", {"target": torch.zeros(2, 3, device="meta").long()}),
         (IndexError, "target contains 7; accepted are 0 to 6 and ignore_index=-100", {"target": torch.full((2, 3), 7)}),
         (ValueError, r"hidden must be \[..., 5\] to fit weight \[7, 5\]", {"hidden": torch.zeros(2, 3, 4)}),
         (ValueError, r"bias must have shape \[7\]", {"bias": torch.zeros(5)}),

@@ -113,7 +113,7 @@ def _cross_entropy_kernel(
     # read before the reductions, whose barriers keep other threads from overwriting it
     z_target = tl.load(Z + target, mask=in_range, other=float("nan")).to(tl.float32)
 
-    most = -float("inf")
+    most = -3.4e38  # finite: a block of logits that are all -inf would make exp(-inf + inf)
     total = 0.0  # sum of exp(z - most)
     for start in range(0, V, BLOCK):
         z = tl.load(Z + start + columns, mask=start + columns < V, other=-float("inf")).to(tl.float32)
@@ -211,6 +211,8 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     elif total.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    elif a.dtype == torch.float16:  # the sum over a chunk's rows may pass its 65504
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
     else:
         total += a @ b
 
@@ -325,6 +327,8 @@ def linear_cross_entropy(
         raise ValueError(
             f"target must have the shape {list(hidden.shape[:-1])} of hidden's rows, got {list(target.shape)}"
         )
+    if target.device != hidden.device:
+        raise ValueError(f"target is on {target.device}, but hidden is on {hidden.device}")
     if shift:
         if target.ndim == 0:
             raise ValueError("shift=True needs hidden [..., T, C] and target [..., T], got a single row")
@@ -346,7 +350,7 @@ def linear_cross_entropy(
         )
         total = rows.sum()
     else:
-        inputs = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, target.flatten())
+        inputs = (hidden.reshape(target.numel(), hidden.shape[-1]), weight, bias, target.flatten())
         how = (ignore_index, dtype, backend == "triton")
         train = wants_grad(*inputs[:3])
         if train and reduction != "none" and not return_logprobs:

@@ -45,6 +45,7 @@ MUTANTS = [
     mutant(
         "largest logit", "higher = tl.maximum(most, tl.max(z, 0))", "higher = tl.maximum(most, 0.0)", "large_logits"
     ),
+    mutant("blocks of -inf", "most = -3.4e38", 'most = -float("inf")', "cannot_come"),
     mutant("rescaled sum", "total * tl.exp(most - higher)", "total * 1.0", "no_worse and triton"),
     mutant("padded rows of logits", "Z += row * stride_z", "Z += row * V", "no_worse and triton"),
     mutant(
