@@ -137,6 +137,7 @@ def test_reference_is_torch(approximate):
     [
         (ValueError, "approximate must be 'tanh' or 'none', got 'erf'", {"approximate": "erf"}),
         (ValueError, r"bias must have shape \[8\], the last dimension of x, got \[7\]", {"bias": torch.ones(7)}),
+        (ValueError, "x must have at least one dimension to take", {"x": torch.ones(()), "bias": torch.ones(())}),
         (TypeError, "x must be floating point, got torch.int64", {"x": torch.ones(2, 8, dtype=torch.int64)}),
         (ValueError, "bias is on meta, but x is on", {"bias": torch.ones(8, device="meta")}),
         (RuntimeError, "torch.float64 is not one of", {"x": torch.ones(8, dtype=torch.float64), "backend": "triton"}),

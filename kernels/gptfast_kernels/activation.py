@@ -311,6 +311,8 @@ def gelu(x: Tensor, *, bias: Tensor | None = None, approximate: str = "tanh", ba
         floating point. RuntimeError: the backend asked for cannot run.
     """
     check_gelu(approximate)
+    if bias is not None and x.ndim == 0:
+        raise ValueError("x must have at least one dimension to take a bias, got a scalar")
     if bias is not None and bias.shape != x.shape[-1:]:
         raise ValueError(f"bias must have shape {list(x.shape[-1:])}, the last dimension of x, got {list(bias.shape)}")
     _dispatch.check_floats(x=x, bias=bias)
