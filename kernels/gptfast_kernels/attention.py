@@ -204,6 +204,7 @@ CONFIGS: dict[tuple[str, str, int], dict[str, Config]] = {
     ("backward_dkv", "half", 64): {
         "": Config(32, 64, 4, 2, blocks=2),  # 64 queries spill on sm_80
         "sm_90": Config(64, 64, 4, 2, blocks=2),  # 231 registers
+        "sm_90 dropout": Config(32, 64, 4, 2, blocks=2),  # 64 queries spill on triton 3.6
     },
     ("backward_dkv", "half", 128): {
         "": Config(32, 64, 4, 2, blocks=2),  # 64 queries spill
@@ -1182,6 +1183,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window_size: Window, dropout_p: floa
         raise ValueError("q must have a head dim of at least 1, got 0")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(f"q's heads must be a multiple of k's, got {q.shape[2]} and {k.shape[2]}")
-    if len(window_size) != 2 or any(w is not None and w < 0 for w in window_size):
-        raise ValueError(f"window_size must be two numbers >= 0 or None, got {window_size}")
+    bounds = window_size if isinstance(window_size, (tuple, list)) else ()
+    if len(bounds) != 2 or any(w is not None and (not isinstance(w, int) or w < 0) for w in bounds):
+        raise ValueError(f"window_size must be two integers >= 0 or None, got {window_size}")
     _dispatch.check_dropout(dropout_p)
