@@ -330,7 +330,9 @@ def demo(args: argparse.Namespace) -> None:
     print(_speed(result))
     if args.save is not None:
         figures = {
-            "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.processor(),
+            "device": torch.cuda.get_device_name(model.device)
+            if model.device.type == "cuda"
+            else f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}",
             "threads": torch.get_num_threads(),
             "versions": {"gptfast": __version__, "torch": torch.__version__, "python": platform.python_version()},
             "dtype": str(model.dtype),
