@@ -72,6 +72,12 @@ def test_parameters_of_another_dtype_than_a_half_input(backend, parameters):
     torch.testing.assert_close(y.double(), expected, rtol=8e-3, atol=1e-3)
 
 
+def test_float64_with_float32_parameters():
+    x, weight = draw(4, 16).double(), draw(16)
+    y = layer_norm(x, weight, None, backend="torch")
+    torch.testing.assert_close(y, layer_norm(x, weight, None, backend="reference"), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_layout(layout):
     tensors = inputs(9, 40, dtype=torch.float32, residual=True)

@@ -517,10 +517,11 @@ def layer_norm(
 
 
 def _layer_norm_torch(u: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """``F.layer_norm``, in float32 for the mixed dtypes that it refuses."""
+    """``F.layer_norm``, in float32 at least for the mixed dtypes that it refuses."""
     dtypes = {p.dtype for p in (weight, bias) if p is not None}
-    if dtypes <= {u.dtype} or (u.device.type == "cpu" and dtypes == {torch.float32}):
+    exact = torch.promote_types(u.dtype, torch.float32)
+    if dtypes <= {u.dtype} or (u.device.type == "cpu" and dtypes == {torch.float32} == {exact}):
         return F.layer_norm(u, u.shape[-1:], weight, bias, eps)
-    weight, bias = (None if p is None else p.float() for p in (weight, bias))
-    y = F.layer_norm(u.float(), u.shape[-1:], weight, bias, eps)
+    weight, bias = (None if p is None else p.to(exact) for p in (weight, bias))
+    y = F.layer_norm(u.to(exact), u.shape[-1:], weight, bias, eps)
     return y if u.is_cuda and torch.is_autocast_enabled("cuda") else y.to(u.dtype)
