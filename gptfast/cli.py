@@ -259,10 +259,11 @@ def env(args: argparse.Namespace) -> None:
         "gptfast": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "torch": torch.__version__,
         "cpu_threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
-    for package in ("torch", "triton", "transformers", "tokenizers", "safetensors", "ftfy", "spacy", "h5py"):
+    for package in ("triton", "transformers", "tokenizers", "safetensors", "ftfy", "spacy", "h5py"):
         found = importlib.util.find_spec(package) is not None
         rows[package] = importlib.metadata.version(package) if found else None
     rows["cuda"] = torch.version.cuda

@@ -494,7 +494,9 @@ def layer_norm(
     _dispatch.check_dropout(dropout_p)
     _dispatch.check_floats(x=x, weight=weight, bias=bias, residual=residual)
 
-    cannot = next((r for t in (x, weight, bias, residual) if t is not None and (r := _triton.why_not(t))), None)
+    cannot = None
+    for tensor in (x, weight, bias, residual):
+        cannot = cannot or (None if tensor is None else _triton.why_not(tensor))
     if C > MAX_WIDTH:
         cannot = f"C = {C} is above {MAX_WIDTH}"
     backend = _dispatch.select("layer_norm", backend, cannot)
