@@ -119,6 +119,3 @@ def check_floats(**tensors: Tensor | None) -> None:
 def check_dropout(dropout_p: float) -> None:
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-
-
-NOT_YET = "this version has no Triton kernel for it"
