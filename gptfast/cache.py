@@ -17,8 +17,9 @@ class KVCache:
         dtype, device: the model's.
 
     Attributes:
-        k, v: [L, B, S, H, D].
-        seqlens: positions each row holds: an int while all rows hold as many, else int64 [B].
+        k, v: [L, B, S, H, D], views: a head's positions follow one another in memory, for attention reads them so.
+        seqlens: positions each row holds: an int while all rows hold as many, else int64 [B], counted up in place, so
+            that a CUDA graph that holds it goes on where it stopped.
     """
 
     def __init__(
@@ -35,10 +36,10 @@ class KVCache:
             raise ValueError(f"max_length must be from 1 to n_positions = {config.n_positions}, got {max_length}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        shape = (config.n_layer, batch_size, S, config.n_head, config.n_embd // config.n_head)
+        shape = (config.n_layer, batch_size, config.n_head, S, config.n_embd // config.n_head)
         # zeros, not empty: a masked slot is multiplied by 0, and 0 * NaN is NaN
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k = torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3)
+        self.v = torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3)
         self.seqlens: int | Tensor = 0
 
     @property
@@ -59,11 +60,12 @@ class KVCache:
 
     def advance(self, positions: int) -> None:
         """Counts ``positions`` new ones in every row, once all layers have written them."""
-        self.seqlens = self.seqlens + positions
+        self.seqlens += positions
 
     def reorder(self, rows: Tensor) -> None:
         """Row b becomes what row ``rows[b]`` was, as beam search needs it."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        for x in (self.k, self.v):
+            x.copy_(x[:, rows])
         if isinstance(self.seqlens, Tensor):
             self.seqlens = self.seqlens[rows]
 

@@ -3,17 +3,26 @@
 A batch of prompts of different length is first pushed together to the left of its cache rows, wherever its padding
 stands, so that positions count from 0 in every row and a row comes out as it would alone.
 
-Shapes: B batch, T prompt length with padding, V vocabulary.
+A step runs the model on each row's newest token and chooses the next one. All that a step changes is in tensors that
+it changes in place, and it reads nothing back, so that on a GPU it is captured once and replayed (graphs.py).
+
+Shapes: B batch, T prompt length with padding, V vocabulary, N tokens to be made, P positions of the model.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from .cache import KVCache
 from .inputs import check_ids, check_tensor
+
+# Steps on a GPU between two looks at whether all rows have stopped: a look waits for the GPU. On a CPU it is free.
+LOOK_EVERY = 16
 
 
 class Streamer(Protocol):
@@ -21,6 +30,36 @@ class Streamer(Protocol):
 
     def put(self, value: Tensor) -> None: ...
     def end(self) -> None: ...
+
+
+# ---- choosing a token
+
+
+def distribution(
+    logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """The probabilities, float32 [B, V], that a token is drawn by, from logits [B, V].
+
+    ``top_k`` keeps the k likeliest, then ``top_p`` the fewest of them whose probabilities reach p (Holtzman et al.
+    2019, arXiv:1904.09751). Tokens as likely as the last one that is kept are kept too.
+    """
+    V = logits.shape[-1]
+    logits = logits.float() / temperature
+    top_p = None if top_p is None or top_p >= 1 else top_p
+    if top_k or top_p is not None:
+        best = logits.topk(min(top_k or V, V)).values  # falling
+        if top_p is not None:
+            p = best.softmax(-1)
+            likelier = p.cumsum(-1) - p  # probability of all likelier tokens
+            best = best.masked_fill_(likelier >= top_p, torch.inf)
+        logits.masked_fill_(logits < best.amin(-1, keepdim=True), -torch.inf)
+    return logits.softmax(-1)
+
+
+def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """The token [B] at which the running sum of ``probabilities`` [B, V] passes ``uniform``, float64 [B] in [0, 1)."""
+    cdf = probabilities.cumsum(-1, dtype=torch.float64)  # a float32 sum of 40,000 would lose the unlikely ones
+    return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
 
 
 def sample(
@@ -32,22 +71,124 @@ def sample(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draws the next token [B] from logits [B, V]; the likeliest one with ``do_sample=False``.
-
-    ``top_k`` keeps the k likeliest. ``top_p`` keeps the fewest whose probabilities reach p (Holtzman et al. 2019,
-    arXiv:1904.09751).
-    """
+    """Draws the next token [B] from ``distribution(logits, …)``; the likeliest one with ``do_sample=False``."""
     if not do_sample:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if top_k:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all likelier tokens
-        logits = logits.scatter(-1, order, ordered.masked_fill(before >= top_p, -torch.inf))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    uniform = torch.rand(len(logits), dtype=torch.float64, device=logits.device, generator=generator)
+    return draw(distribution(logits, temperature=temperature, top_k=top_k, top_p=top_p), uniform)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How tokens are chosen, and when a row ends."""
+
+    do_sample: bool
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    repetition_penalty: float | None
+    min_new_tokens: int
+    stops: tuple[int, ...]
+    pad_token_id: int
+
+
+class Decoder:
+    """A batch being decoded: a cache, the tokens made so far, and all that choosing the next ones depends on.
+
+    Every tensor is made once and changed in place. ``start`` makes it ready for prompts; ``step`` is one token.
+
+    Attributes:
+        cache: for B rows. tokens: int64 [B], the newest. made: int64 [B, N], all of them.
+        alive: int64 [1], 1 + the number of steps behind which some row went on: the tokens that count.
+    """
+
+    def __init__(self, model: Any, B: int, S: int | None, N: int, how: Settings):
+        """S: positions of the cache; None: no cache."""
+        self.body, self.head, self.how = model.transformer, model.lm_head, how
+        device, V = self.head.weight.device, len(self.head.weight)
+        self.cache = None if S is None else self.body.new_cache(B, S)
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.count = zeros(1)  # of tokens made
+        self.alive = zeros(1)
+        self.tokens = zeros(B)
+        self.made = zeros(B, N)
+        self.running = zeros(B, dtype=torch.bool)
+        self.uniforms = zeros(B, N, dtype=torch.float64) if how.do_sample else None
+        self.seen = None if how.repetition_penalty is None else zeros(B, V, dtype=torch.bool)  # tokens a row holds
+        self.stops = zeros(V, dtype=torch.bool)
+        self.stops[list(how.stops)] = True
+
+    def start(self, prompts: Sequence[Tensor], seeds: Sequence[int]) -> None:
+        """Makes ready for B prompts, each int64 [T_b]. A row's draws depend on its seed alone."""
+        if self.cache is not None:
+            self.cache.reset()
+        self.count.zero_()
+        self.alive.fill_(1)
+        self.running.fill_(True)
+        if self.uniforms is not None:
+            import numpy as np  # its generator mixes seeds that are close, and gives a CPU and a GPU the same numbers
+
+            rows = [torch.from_numpy(np.random.default_rng(seed).random(self.uniforms.shape[1])) for seed in seeds]
+            self.uniforms.copy_(torch.stack(rows))
+        if self.seen is not None:
+            self.seen.zero_()
+            for seen, prompt in zip(self.seen, prompts, strict=True):
+                seen[prompt] = True
+
+    @torch.inference_mode()
+    def run(self, ids: Tensor, cache: KVCache | None) -> Tensor:
+        """The body's last hidden state [B, T, C] of ids [B, T] behind what the cache holds."""
+        settings = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
+        return self.body(ids, past_key_values=cache, use_cache=False, **settings).last_hidden_state
+
+    def reread(self, rows: list[int], windows: list[Tensor]) -> None:
+        """Forgets what ``rows`` hold and reads ``windows`` instead, tokens [T] of each."""
+        assert self.cache is not None
+        ids = torch.stack(windows)
+        T = ids.shape[1]
+        if T:
+            fresh = self.body.new_cache(len(rows), T)
+            self.run(ids, fresh)
+            self.cache.k[:, rows, :T], self.cache.v[:, rows, :T] = fresh.k, fresh.v
+        if isinstance(self.cache.seqlens, Tensor):
+            self.cache.seqlens[rows] = T
+        else:
+            self.cache.seqlens = T
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Runs the newest tokens and chooses the next."""
+        self.choose(self.run(self.tokens[:, None], self.cache)[:, -1])
+
+    @torch.inference_mode()
+    def choose(self, hidden: Tensor) -> None:
+        """Makes the next token of every row from hidden [B, C]. No host synchronisation."""
+        how, logits = self.how, self.head(hidden)
+        if self.seen is not None:
+            weaker = torch.where(logits > 0, logits / how.repetition_penalty, logits * how.repetition_penalty)
+            logits = torch.where(self.seen, weaker, logits)
+        if how.stops and how.min_new_tokens:
+            logits = logits.masked_fill(self.stops & (self.count < how.min_new_tokens), -torch.inf)
+        if self.uniforms is None:
+            tokens = logits.argmax(-1)
+        else:
+            p = distribution(logits, temperature=how.temperature, top_k=how.top_k, top_p=how.top_p)
+            tokens = draw(p, self.uniforms.index_select(1, self.count)[:, 0])
+        if how.stops:
+            tokens = torch.where(self.running, tokens, how.pad_token_id)
+            self.running.logical_and_(~self.stops[tokens])
+            self.alive += self.running.any()
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens[:, None], True)
+        self.tokens.copy_(tokens)
+        self.made.index_copy_(1, self.count, tokens[:, None])
+        self.count += 1
+
+
+# ---- generating
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:
@@ -55,6 +196,32 @@ def check_count(name: str, value: int, least: int = 1) -> None:
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _seeds(
+    seed: int | Sequence[int] | None, generator: torch.Generator | None, B: int, do_sample: bool
+) -> Sequence[int]:
+    """One for each row."""
+    if seed is not None and generator is not None:
+        raise ValueError("seed and generator cannot both be given")
+    if seed is None:
+        if not do_sample:
+            return range(B)
+        device = None if generator is None else generator.device
+        return torch.randint(2**63 - 1, (B,), generator=generator, device=device).tolist()
+    seeds = list(seed) if isinstance(seed, Iterable) else [seed + row for row in range(B)]
+    if len(seeds) != B:
+        raise ValueError(f"seed must be an int or one for each of the {B} rows, got {len(seeds)}")
+    for one in seeds[:1] if isinstance(seed, int) else seeds:
+        if not 0 <= one < 2**63:
+            raise ValueError(f"seed must be from 0 to 2**63 - 1, got {one}")
+    return seeds
+
+
+def _window_start(length: int, n_positions: int) -> int:
+    """Where the window of a text begins that holds its last token: every time that it is full, its last half stays."""
+    moves = n_positions + 1 - max(1, n_positions // 2)
+    return -(-max(0, length - n_positions) // moves) * moves
 
 
 class GenerationMixin:
@@ -118,24 +285,25 @@ class GenerationMixin:
             if max_length is not None and max_new_tokens < 1:
                 raise ValueError(f"max_length must exceed the prompt's {T} positions, got {max_length}")
 
-        steps = self.generate_stream(
+        blocks = self._generate(
             input_ids,
             attention_mask=attention_mask,
             max_new_tokens=max_new_tokens,
             eos_token_id=stops,
             pad_token_id=pad_token_id,
+            look_every=LOOK_EVERY if input_ids.is_cuda and streamer is None else 1,
             **settings,
         )
         if streamer is not None:
             streamer.put(input_ids.cpu())
         new = []
-        for tokens in steps:
-            new.append(tokens)
+        for block in blocks:
+            new.append(block)
             if streamer is not None:
-                streamer.put(tokens.cpu())
+                streamer.put(block[:, 0].cpu())
         if streamer is not None:
             streamer.end()
-        return torch.cat([input_ids.long(), torch.stack(new, 1)], 1) if new else input_ids.long()
+        return torch.cat([input_ids.long(), *new], 1)
 
     def generate_stream(
         self,
@@ -149,11 +317,12 @@ class GenerationMixin:
         top_k: int | None = 50,
         top_p: float | None = None,
         repetition_penalty: float | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         generator: torch.Generator | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int = 0,
         use_cache: bool = True,
+        overflow: str = "error",
     ) -> Iterator[Tensor]:
         """Yields the next token of every row, int64 [B], until each row has stopped or ``max_new_tokens`` are made.
 
@@ -165,16 +334,61 @@ class GenerationMixin:
             top_p: draw among the likeliest that together reach this probability, in (0, 1].
             repetition_penalty: divides the positive logits, and multiplies the negative ones, of tokens that the row
                 holds already, > 0 (Keskar et al. 2019, arXiv:1909.05858).
-            seed: for a draw that can be repeated; or ``generator``, on the model's device.
+            seed: for draws that can be repeated, row by row: row b of a batch draws as it would alone with seed + b; or
+                one seed for each row. If None, the rows' seeds are drawn from ``generator``, or torch's own.
             eos_token_id: one or more ids that end a row; the config's if None.
             pad_token_id: what a row that has ended yields.
             use_cache: keep keys and values; False runs the whole prefix every step, as HuggingFace's GPT-1 does.
+            overflow: what happens at the model's last position. "error": a text that would pass it is refused. "slide":
+                the row goes on behind the last half of its window, which is read again from position 0. What a row
+                sees then depends on its length alone.
 
         Raises:
             ValueError: an argument is not accepted, or the text would pass n_positions; before any work.
         """
+        blocks = self._generate(
+            input_ids,
+            attention_mask=attention_mask,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            generator=generator,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            use_cache=use_cache,
+            overflow=overflow,
+            look_every=1,
+        )
+        return (block[:, 0] for block in blocks)
+
+    def _generate(
+        self,
+        input_ids: Tensor,
+        *,
+        look_every: int,
+        max_new_tokens: int,
+        attention_mask: Tensor | None = None,
+        min_new_tokens: int = 0,
+        do_sample: bool = False,
+        temperature: float | None = None,
+        top_k: int | None = 50,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int = 0,
+        use_cache: bool = True,
+        overflow: str = "error",
+    ) -> Iterator[Tensor]:
+        """``generate_stream`` in blocks [B, up to look_every]; checks everything, then returns the iterator."""
         mask = self._check_prompt(input_ids, attention_mask)
-        n_positions = self.config.n_positions  # type: ignore[attr-defined]
+        P = self.config.n_positions  # type: ignore[attr-defined]
         check_count("max_new_tokens", max_new_tokens)
         check_count("min_new_tokens", min_new_tokens, 0)
         check_count("top_k", 0 if top_k is None else top_k, 0)
@@ -187,98 +401,88 @@ class GenerationMixin:
             raise ValueError(f"top_p must be in (0, 1], got {top_p}")
         if repetition_penalty is not None and not repetition_penalty > 0:
             raise ValueError(f"repetition_penalty must be positive, got {repetition_penalty}")
-        if seed is not None and generator is not None:
-            raise ValueError("seed and generator cannot both be given")
-        if seed is not None and not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be from 0 to 2**63 - 1, got {seed}")
+        if overflow not in ("error", "slide"):
+            raise ValueError(f"overflow must be 'error' or 'slide', got {overflow!r}")
         vocab_size = self.config.vocab_size  # type: ignore[attr-defined]
         if not 0 <= pad_token_id < vocab_size:
             raise ValueError(f"pad_token_id must be from 0 to {vocab_size - 1}, got {pad_token_id}")
-        lengths: int | Tensor = input_ids.shape[1]  # of each prompt without padding
-        if mask is not None:
-            lengths = mask.sum(1)
-            if int(lengths.min()) == 0:
-                raise ValueError("attention_mask has a row without any token")
-            if use_cache and self.training:  # type: ignore[attr-defined]
-                raise ValueError("attention_mask leaves rows of different length: use_cache=True needs model.eval()")
-            order = mask.long().argsort(dim=1, descending=True, stable=True)  # tokens first, in order, then padding
-            input_ids = input_ids.gather(1, order)
-        longest = int(lengths.max()) if isinstance(lengths, Tensor) else lengths
-        if longest + max_new_tokens > n_positions:
+        rows = [row[keep] for row, keep in zip(input_ids, mask, strict=True)] if mask is not None else [*input_ids]
+        lengths = [len(row) for row in rows]
+        if min(lengths) == 0:
+            raise ValueError("attention_mask has a row without any token")
+        if use_cache and self.training and (min(lengths) < max(lengths)):  # type: ignore[attr-defined]
+            raise ValueError("attention_mask leaves rows of different length: use_cache=True needs model.eval()")
+        if overflow == "error" and max(lengths) + max_new_tokens > P:
             raise ValueError(
-                f"max_new_tokens is {max_new_tokens} and input_ids has {longest} positions, "
-                f"but the model has room for n_positions = {n_positions}"
+                f"max_new_tokens is {max_new_tokens} and input_ids has {max(lengths)} positions, "
+                f"but the model has room for n_positions = {P}; overflow='slide' goes on"
             )
-        device = input_ids.device
-        if seed is not None:
-            generator = torch.Generator(device).manual_seed(seed)
-        return self._steps(
-            input_ids[:, :longest].long(),
-            lengths,
-            max_new_tokens,
-            {
-                "do_sample": do_sample,
-                "temperature": temperature,
-                "top_k": top_k,
-                "top_p": top_p,
-                "generator": generator,
-            },
-            torch.tensor(self._stop_tokens(eos_token_id), dtype=torch.int64, device=device),
-            min_new_tokens,
-            repetition_penalty,
-            pad_token_id,
-            use_cache,
+        how = Settings(
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            min_new_tokens=min_new_tokens,
+            stops=tuple(self._stop_tokens(eos_token_id)),
+            pad_token_id=pad_token_id,
         )
+        seeds = _seeds(seed, generator, len(input_ids), do_sample)
+        return self._blocks([row.long() for row in rows], how, max_new_tokens, seeds, use_cache, look_every)
 
     @torch.no_grad()
-    def _steps(
-        self, ids, lengths, max_new_tokens, sampling, stops, min_new_tokens, repetition_penalty, pad_token_id, use_cache
+    def _blocks(
+        self, prompts: list[Tensor], how: Settings, N: int, seeds: Sequence[int], use_cache: bool, look_every: int
     ) -> Iterator[Tensor]:
-        """ids [B, T], each row's tokens first; lengths int or [B]."""
-        B, T = ids.shape
-        body, head = self.transformer, self.lm_head  # type: ignore[attr-defined]
-        rows = torch.arange(B, device=ids.device)
-        cache = None
-        if use_cache:
-            cache = body.new_cache(B, T + max_new_tokens)
-        seen = torch.zeros(B, len(head.weight), dtype=torch.bool, device=ids.device)  # [B, V], tokens a row holds
-        if repetition_penalty is not None:
-            padding = torch.arange(T, device=ids.device) >= torch.as_tensor(lengths, device=ids.device).reshape(-1, 1)
-            seen.scatter_(1, torch.where(padding, ids[:, :1], ids), True)
-        running = torch.ones(B, dtype=torch.bool, device=ids.device)
+        """prompts: each row's tokens, int64 [T_b]."""
+        P = self.config.n_positions  # type: ignore[attr-defined]
+        B, lengths = len(prompts), [len(prompt) for prompt in prompts]
+        device = prompts[0].device
+        starts = [_window_start(n, P) for n in lengths]  # of what each row sees
+        held = [n - start for n, start in zip(lengths, starts, strict=True)]
+        seqlens: int | Tensor = held[0] if len(set(held)) == 1 else torch.tensor(held, device=device)
+        S = min(max(lengths) + N, P) if use_cache else None
+        decoder = Decoder(self, B, S, N, how)
+        decoder.start(prompts, seeds)
 
-        def run(ids: Tensor) -> Tensor:
-            settings = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
-            return body(ids, past_key_values=cache, use_cache=False, **settings).last_hidden_state
+        def window(row: int, start: int, count: int) -> Tensor:
+            """What a row holds from position ``start`` of its text on, once ``count`` tokens are made."""
+            return torch.cat([prompts[row], decoder.made[row, :count]])[start:]
 
-        hidden = run(ids)
-        for step in range(max_new_tokens):
-            last = hidden[:, -1] if step and cache is not None else hidden[rows, lengths - 1]
-            logits = head(last)
-            if repetition_penalty is not None:
-                weaker = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-                logits = torch.where(seen, weaker, logits)
-            if step < min_new_tokens:
-                logits = logits.index_fill(1, stops, -torch.inf)
-            tokens = sample(logits, **sampling)
-            tokens = torch.where(running, tokens, pad_token_id)
-            seen.scatter_(1, tokens[:, None], True)
-            yield tokens
-            if len(stops):
-                running = running & ~torch.isin(tokens, stops)
-                if not running.any():
+        def read(count: int) -> Tensor:
+            """The hidden state [B, C] of every row's last token, from its whole window."""
+            ids = [window(row, start, count) for row, start in enumerate(starts)]
+            last = torch.tensor([len(row) - 1 for row in ids], device=device)
+            hidden = decoder.run(pad_sequence(ids, batch_first=True), decoder.cache)
+            return hidden[torch.arange(B, device=device), last]
+
+        def next_full() -> int:
+            """The count of tokens made at which a row will have no room for the newest."""
+            return min(P + 1 + start - n for start, n in zip(starts, lengths, strict=True))
+
+        full = next_full()
+        decoder.choose(read(0))
+        if decoder.cache is not None:
+            decoder.cache.seqlens = seqlens  # padding behind a row's prompt is overwritten
+        shown = 0
+        for count in range(1, N + 1):
+            if count - shown == look_every or count == N:
+                valid = int(decoder.alive) if how.stops else N
+                yield decoder.made[:, shown : min(count, valid)].clone()
+                shown = count
+                if valid <= count or count == N:
                     return
-            if step + 1 == max_new_tokens:
-                return
-            if cache is not None:
-                if step == 0:
-                    cache.seqlens = lengths  # padding behind a row's prompt is overwritten
-                hidden = run(tokens[:, None])
+            if count == full:  # a row has no room for its newest token
+                slid = [row for row, n in enumerate(lengths) if n + count - starts[row] > P]
+                for row in slid:
+                    starts[row] = _window_start(lengths[row] + count, P)
+                if decoder.cache is not None:
+                    decoder.reread(slid, [window(row, starts[row], count)[:-1] for row in slid])
+                full = next_full()
+            if decoder.cache is not None:
+                decoder.step()
             else:
-                ids = torch.cat([ids, torch.zeros_like(ids[:, :1])], 1)
-                ids[rows, lengths] = tokens
-                lengths = lengths + 1
-                hidden = run(ids)
+                decoder.choose(read(count))
 
     def _check_prompt(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         """The mask as bool [B, T], or None where nothing is masked."""

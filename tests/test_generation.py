@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import gptfast
-from gptfast.generation import sample
+from gptfast.generation import distribution, draw, sample
 from gptfast_kernels import _dispatch
 
 V, P = 97, 40
@@ -173,14 +173,6 @@ def test_training_mode_stays_and_drops():
 # ---- sampling ----
 
 
-def probabilities(monkeypatch, logits, **settings):
-    """The distribution that ``sample`` draws from."""
-    monkeypatch.setattr(torch, "multinomial", lambda p, n, generator: p[:, None])
-    p = sample(logits, **settings)
-    monkeypatch.undo()
-    return p
-
-
 def by_brute_force(logits, temperature, top_k, top_p):
     """The definitions, a token at a time."""
     rows = []
@@ -205,17 +197,34 @@ def by_brute_force(logits, temperature, top_k, top_p):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("top_k", [None, 0, 1, 3, V, 1000])
 @pytest.mark.parametrize("top_p", [None, 1e-9, 0.3, 0.9, 1.0])
-def test_sampling_against_brute_force(monkeypatch, temperature, top_k, top_p):
+def test_sampling_against_brute_force(temperature, top_k, top_p):
     logits = 2 * torch.randn(4, V, generator=torch.Generator().manual_seed(0))
-    got = probabilities(monkeypatch, logits, temperature=temperature, top_k=top_k, top_p=top_p)
+    got = distribution(logits, temperature=temperature, top_k=top_k, top_p=top_p)
     expected = by_brute_force(logits, temperature, top_k, top_p).float()
     assert torch.equal(got > 0, expected > 0)
     assert_close(got, expected)
 
 
-def test_equally_likely_tokens_stay_together_in_top_k(monkeypatch):
-    got = probabilities(monkeypatch, torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]]), top_k=2)
-    assert_close(got, torch.tensor([[0.0, 1 / 3, 1 / 3, 1 / 3, 0.0]]))
+@pytest.mark.parametrize("how", [{"top_k": 2}, {"top_p": 0.4}])
+def test_equally_likely_tokens_stay_together(how):
+    logits = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]])
+    before = logits.clone()
+    assert_close(distribution(logits, **how), torch.tensor([[0.0, 1 / 3, 1 / 3, 1 / 3, 0.0]]))
+    assert torch.equal(logits, before)
+
+
+def test_a_draw_is_where_the_running_sum_passes():
+    p = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])
+    uniform = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2**-53], dtype=torch.float64)
+    assert draw(p.expand(6, -1), uniform).tolist() == [1, 1, 3, 3, 4, 4]
+
+
+def test_unlikely_tokens_are_not_lost_in_a_large_vocabulary():
+    """Behind a likely token, a float32 running sum of 40,000 small ones would be off by many of them."""
+    p = torch.full((1, 40000), 0.5 / 39999)
+    p[0, 0] = 0.5
+    uniform = torch.tensor([0.5 + 0.5 * i / 39999 for i in (100.5, 20000.5, 39998.5)], dtype=torch.float64)
+    assert draw(p.expand(3, -1), uniform).tolist() == [101, 20001, 39999]
 
 
 def test_draws_follow_the_distribution():
@@ -232,8 +241,11 @@ def test_seeds():
     first = model.generate(x, seed=1, **how)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first, model.generate(x, seed=1, **how))
-    assert torch.equal(first, model.generate(x, generator=torch.Generator().manual_seed(1), **how))
-    assert not torch.equal(first, model.generate(x, seed=2, **how))
+    assert not torch.equal(first, model.generate(x, seed=3, **how))
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    drawn = [model.generate(x, generator=generator, **how) for generator in generators]
+    assert torch.equal(*drawn)
+    assert not torch.equal(drawn[0], model.generate(x, generator=generators[0], **how))  # it goes on
     assert torch.equal(first, model.generate(x, seed=1, use_cache=False, **how))
     torch.manual_seed(5)
     unseeded = model.generate(x, **how)
@@ -243,6 +255,24 @@ def test_seeds():
     likeliest = model.generate(x, max_new_tokens=20)
     assert torch.equal(likeliest, model.generate(x, do_sample=True, top_k=1, max_new_tokens=20))
     assert torch.equal(likeliest, model.generate(x, do_sample=True, top_p=1e-9, max_new_tokens=20))
+
+
+@pytest.mark.parametrize("how", [{"top_k": 0}, {"top_k": 20}, {"top_p": 0.9, "repetition_penalty": 1.2}], ids=str)
+def test_a_row_draws_as_it_would_alone(how):
+    """Whatever stands beside it, on whichever side its padding, however many tokens are asked for."""
+    model, T = make(), 6
+    settings = {"do_sample": True, "temperature": 1.5, "max_new_tokens": 20, **how}
+    mask = torch.tensor([[1] * T, [0, 0, 0, 1, 1, 1], [1, 1, 0, 0, 0, 0]])
+    x = ids(3, T)
+    together = model.generate(x, attention_mask=mask, seed=7, **settings)[:, T:]
+    chosen = model.generate(x, attention_mask=mask, seed=[7, 8, 9], **settings)[:, T:]
+    assert torch.equal(chosen, together)
+    for b in range(3):
+        prompt = x[b][mask[b] > 0][None]
+        alone = model.generate(prompt, seed=7 + b, **{**settings, "max_new_tokens": 15})[0, prompt.shape[1] :]
+        assert torch.equal(together[b, :15], alone)
+    same = model.generate(x[:1], num_return_sequences=2, seed=[7, 7], **settings)
+    assert torch.equal(same[0], same[1])
 
 
 def test_several_continuations_of_each_prompt():
@@ -282,6 +312,19 @@ def test_stop_tokens(pick, use_cache):
         assert torch.equal(model.generate(x, max_new_tokens=25, eos_token_id=stops[0], pad_token_id=11), got)
     if len(stops) == 3:
         assert expected.shape[1] < 25
+
+
+@pytest.mark.parametrize("every", [2, 7, 16, 100])
+def test_stops_are_looked_for_in_batches_of_steps(every, monkeypatch):
+    """As on a GPU, where a look costs a synchronisation: not a token more comes out, and no row goes on."""
+    model, x = make(), ids(3, 5)
+    plain = model.generate(x, max_new_tokens=25)[:, 5:]
+    how = {"attention_mask": None, "max_new_tokens": 25, "pad_token_id": 11, "look_every": every}
+    for pick in ([(0, 3), (1, 7), (2, 5)], [(0, 0), (1, 0), (2, 0)], [(0, 24), (1, 24), (2, 24)], [(0, 2)], []):
+        stops = [int(plain[b, i]) for b, i in pick]
+        blocks = list(model._generate(x, eos_token_id=stops, **how))
+        assert all(block.shape[1] <= every for block in blocks)
+        assert torch.equal(torch.cat(blocks, 1), stopped(plain, stops, 11))
 
 
 def test_stop_and_padding_tokens_of_the_config():
@@ -337,6 +380,55 @@ def test_streaming_works_as_it_goes():
         model.generate_stream(ids(2, 5), max_new_tokens=0)
 
 
+# ---- beyond the last position ----
+
+
+def by_windows(model, prompt, new, P=P):
+    """Greedy text [T + new] of one row by the definition: the window is read whole before each token, and moves when it
+    is full, so that its last half, with the newest token, stays."""
+    text, start = prompt.tolist(), 0
+    while len(text) - start > P:
+        start += P + 1 - P // 2
+    for _ in range(new):
+        if len(text) - start > P:
+            start = len(text) - P // 2
+        with torch.no_grad():
+            text.append(int(model(torch.tensor([text[start:]])).logits[0, -1].argmax()))
+    return torch.tensor(text)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("T", [1, P // 2, P - 1, P, P + 1, 2 * P + 5])
+def test_sliding_reads_the_last_half_again(T, use_cache):
+    model, x = make(), ids(1, T)
+    got = model.generate(x, max_new_tokens=70, overflow="slide", use_cache=use_cache)
+    assert torch.equal(got[0], by_windows(model, x[0], 70))
+
+
+def test_sliding_rows_come_out_as_alone_and_may_be_cut_anywhere():
+    model, T = make(), 2 * P
+    lengths = [2 * P, P - 3, 3]
+    prompts = [ids(n, seed=n) for n in lengths]
+    x, mask = torch.zeros(3, T, dtype=torch.int64), torch.zeros(3, T, dtype=torch.int64)
+    for b, prompt in enumerate(prompts):
+        x[b, T - len(prompt) :], mask[b, T - len(prompt) :] = prompt, 1
+    how = {"overflow": "slide", "do_sample": True, "top_k": 0, "seed": [4, 5, 6]}
+    together = model.generate(x, attention_mask=mask, max_new_tokens=60, **how)[:, T:]
+    for b, prompt in enumerate(prompts):
+        alone = model.generate(prompt[None], max_new_tokens=60, **{**how, "seed": 4 + b})
+        assert torch.equal(together[b], alone[0, len(prompt) :])
+    greedy = model.generate(x[:1], max_new_tokens=60, overflow="slide")
+    for cut in (2 * P + 1, 2 * P + 20, 2 * P + 41):
+        assert torch.equal(model.generate(greedy[:, :cut], max_length=2 * P + 60, overflow="slide"), greedy)
+
+
+def test_sliding_changes_nothing_where_there_is_room():
+    model, x = make(), ids(2, 5)
+    assert torch.equal(model.generate(x, max_length=P, overflow="slide"), model.generate(x, max_length=P))
+    tiny = make(n_positions=1)
+    assert tiny.generate(ids(2, 1), max_new_tokens=5, overflow="slide").shape == (2, 6)
+
+
 # ---- lengths, and what is refused before any work ----
 
 
@@ -383,6 +475,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"eos_token_id": [1, V]}, ValueError, "eos_token_id must be below 97, got 97"),
     ({"repetition_penalty": 0.0}, ValueError, "repetition_penalty must be positive, got 0.0"),
     ({"seed": -1}, ValueError, "seed must be from 0 to"),
+    ({"seed": [1, 2, 3]}, ValueError, "seed must be an int or one for each of the 2 rows, got 3"),
+    ({"overflow": "wrap"}, ValueError, "overflow must be 'error' or 'slide', got 'wrap'"),
     ({"beams": 4}, TypeError, "beams"),
 ]
 
