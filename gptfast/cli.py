@@ -1,6 +1,7 @@
-"""The command line: ``gptfast demo | generate | score | train | explain | env``."""
+"""The command line: ``gptfast demo | generate | score | train | predict | explain | env``."""
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -26,6 +27,7 @@ from .tokenizer import OpenAIGPTTokenizer
 
 SHIPPED = Path(__file__).parent / "shipped"  # the small model that comes with the package
 DEMO_PROMPT = "It was a dark and stormy night, and the captain"
+TASKS = ("language-modeling", "classification", "entailment", "similarity", "multiple-choice")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -107,6 +109,8 @@ def generate(args: argparse.Namespace) -> None:
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+        overflow=args.overflow,
         seed=args.seed,
         eos_token_id=_stop_ids(tokenizer, args.stop),
     )
@@ -170,75 +174,161 @@ def score(args: argparse.Namespace) -> None:
         )
 
 
-# -- train ----------------------------------------------------------------------------------------------------------
+# -- train and predict ----------------------------------------------------------------------------------------------
 
 
 def train(args: argparse.Namespace) -> None:
-    from .tokenizer import train_tokenizer
-    from .train import Settings, check_output, plot_log, read_texts, split_held_out
-    from .train import train as run
+    from .training import Options, plot_log, start
 
-    fields = [field.name for field in dataclasses.fields(Settings) if field.name != "dtype"]
-    settings = Settings(**{name: getattr(args, name) for name in fields}, dtype=args.dtype or "float32")
+    options = Options(
+        resume=args.resume,
+        save_every=args.save_every,
+        evaluate_every=args.evaluate_every,
+        log_every=args.log_every,
+        progress=not args.json,
+        checkpoint_activations=args.checkpoint_activations,
+        cuda_graph=args.cuda_graph,
+    )
+    parallel, device = start(args.parallel, _device(args))
+    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    run = _train_on_text if args.task is None else _fine_tune
+    row = {"output": args.output, **run(args, options, parallel, device)}
+    if not parallel.is_main:
+        return
+    if importlib.util.find_spec("matplotlib") is not None:
+        row["loss_curve"] = str(plot_log(args.output))
+    if args.json:
+        print(json.dumps(row))
+    else:
+        names = {name: name.replace("held_out_", "held-out ").replace("_", " ") for name in row}
+        shown = ", ".join(f"{names[k]} {value:.4g}" for k, value in row.items() if isinstance(value, float))
+        print(f"{args.output}: {shown or 'done'}")
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of the run's settings that are on the command line."""
+    from .training import Settings
+
+    names = [field.name for field in dataclasses.fields(Settings)]
+    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+
+
+def _train_on_text(args: argparse.Namespace, options: Any, parallel: Any, device: torch.device) -> dict[str, Any]:
+    from .tokenizer import train_tokenizer
+    from .training import Settings, check_output, read_texts, split_held_out
+    from .training import train as run
+
+    for name in ("columns", "labels", "valid", "epochs"):
+        if getattr(args, name):
+            raise ValueError(f"--{name} goes with --task")
+    if args.steps is None:
+        raise ValueError("--steps is needed to train on plain text")
+    settings = Settings(**_given(args))
     texts, output = read_texts(args.files), Path(args.output)
     check_output(output, args.resume)
 
     torch.manual_seed(settings.seed)
     if args.model is not None:
         tokenizer = OpenAIGPTTokenizer.from_pretrained(args.model)
-        model = OpenAIGPTLMHeadModel.from_pretrained(args.model, dtype=torch.float32)
+        dropout = {"resid_pdrop": args.dropout, "embd_pdrop": args.dropout, "attn_pdrop": args.attention_dropout}
+        given = {name: p for name, p in dropout.items() if p is not None}
+        config = OpenAIGPTConfig.from_pretrained(args.model, **given)
+        model = OpenAIGPTLMHeadModel.from_pretrained(args.model, config=config, dtype=torch.float32)
     else:
         config = OpenAIGPTConfig(
             vocab_size=args.vocab_size,
-            n_positions=args.context if args.n_positions is None else args.n_positions,
+            n_positions=settings.context if args.n_positions is None else args.n_positions,
             n_embd=args.n_embd,
             n_layer=args.n_layer,
             n_head=args.n_head,
-            resid_pdrop=args.dropout,
-            embd_pdrop=args.dropout,
-            attn_pdrop=args.attention_dropout,
+            resid_pdrop=args.dropout or 0.0,
+            embd_pdrop=args.dropout or 0.0,
+            attn_pdrop=args.attention_dropout or 0.0,
             initializer_range=args.initializer_range,
         )
         if config.n_embd % config.n_head:
             raise ValueError(f"--n-embd must be a multiple of --n-head, got {config.n_embd} and {config.n_head}")
         if config.n_positions < settings.context:
             raise ValueError(f"--n-positions must be at least --context = {settings.context}, got {config.n_positions}")
-        if (output / "vocab.json").exists() and args.resume:
-            tokenizer = OpenAIGPTTokenizer.from_pretrained(output)
-        else:
+        if parallel.is_main and not ((output / "vocab.json").exists() and args.resume):
             print(f"learning a vocabulary of {args.vocab_size} from {len(texts)} files …", file=sys.stderr)
             tokenizer = train_tokenizer([split_held_out(text, settings.held_out)[0] for text in texts], args.vocab_size)
             output.mkdir(parents=True, exist_ok=True)
             tokenizer.save_pretrained(output)
+        parallel.barrier()
+        tokenizer = OpenAIGPTTokenizer.from_pretrained(output)
         config.vocab_size = len(tokenizer)
         model = OpenAIGPTLMHeadModel(config)
-    model.to(_device(args))
-    print(f"{model.num_parameters():,} parameters on {model.device}", file=sys.stderr)
-    model, held_out = run(
-        model,
-        tokenizer,
-        texts,
-        settings,
-        output,
-        resume=args.resume,
-        save_every=args.save_every,
-        evaluate_every=args.evaluate_every,
-        progress=not args.json,
-    )
-    row = {
-        "output": str(output),
+    model.to(device)
+    if parallel.is_main:
+        print(f"{model.num_parameters():,} parameters on {model.device}", file=sys.stderr)
+    _, held_out = run(model, tokenizer, texts, settings, output, options=options, parallel=parallel)
+    return {
         "steps": settings.steps,
         "held_out_perplexity": held_out and held_out.perplexity,
         "held_out_bits_per_byte": held_out and held_out.bits_per_byte,
     }
-    if importlib.util.find_spec("matplotlib") is not None:
-        row["loss_curve"] = str(plot_log(output))
-    if args.json:
-        print(json.dumps(row))
-    elif held_out is not None:
+
+
+def _fine_tune(args: argparse.Namespace, options: Any, parallel: Any, device: torch.device) -> dict[str, Any]:
+    from .training import Task, check_output, fine_tune, fine_tuning_settings, load_for_task, read_examples
+
+    for name in ("steps", "held_out"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} goes with plain text; --task has --epochs and --valid")
+    check_output(args.output, args.resume)
+    task = Task(args.task, _columns(args.columns), tuple(args.labels), args.regression).with_labels_of(*args.files)
+    torch.manual_seed(args.seed or 0)
+    dropout = 0.1 if args.dropout is None else args.dropout
+    attention_dropout = 0.1 if args.attention_dropout is None else args.attention_dropout
+    model, tokenizer = load_for_task(args.model or SHIPPED, task, dropout=dropout, attention_dropout=attention_dropout)
+    context = model.config.n_positions if args.context is None else args.context
+    examples = [example for file in args.files for example in read_examples(file, task, tokenizer, context)]
+    held_out = read_examples(args.valid, task, tokenizer, context) if args.valid else []
+    given = {**_given(args), "context": context}
+    given.setdefault("batch_size", min(32, len(examples)))
+    settings = fine_tuning_settings(len(examples), epochs=3 if args.epochs is None else args.epochs, **given)
+    if parallel.is_main:
+        cut = sum(example.cut for example in examples)
         print(
-            f"{output}: held-out perplexity {held_out.perplexity:.2f} a token, {held_out.bits_per_byte:.3f} bits a byte"
+            f"{len(examples):,} examples ({cut:,} cut to {context} tokens), {settings.steps:,} steps; "
+            f"{model.num_parameters():,} parameters on {device}",
+            file=sys.stderr,
         )
+    _, results = fine_tune(
+        model.to(device),
+        tokenizer,
+        task,
+        examples,
+        settings,
+        args.output,
+        held_out=held_out,
+        packed=not args.padded,
+        options=options,
+        parallel=parallel,
+    )
+    return {"steps": settings.steps, "examples": len(examples), **results}
+
+
+def _columns(pairs: Sequence[str]) -> dict[str, list[str]]:
+    """["choice=a", "choice=b"] as {"choice": ["a", "b"]}."""
+    columns: dict[str, list[str]] = {}
+    for pair in pairs:
+        role, equals, name = pair.partition("=")
+        if not (role and equals and name):
+            raise ValueError(f"--columns must be ROLE=COLUMN, got {pair!r}")
+        columns.setdefault(role, []).append(name)
+    return columns
+
+
+def predict_command(args: argparse.Namespace) -> None:
+    from .training import predict_file
+
+    rows = predict_file(args.model, args.file, device=_device(args), batch_size=args.batch_size)
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(open(args.output, "w", encoding="utf-8")) if args.output else sys.stdout
+        for row in tqdm(rows, unit="example", desc="predicting", disable=not args.output):
+            print(json.dumps(row, ensure_ascii=False), file=out)
 
 
 # -- explain and env ------------------------------------------------------------------------------------------------
@@ -404,6 +494,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--temperature", type=float, default=0.8)
     sub.add_argument("--top-k", type=int, default=40, help="0: all")
     sub.add_argument("--top-p", type=float, default=1.0)
+    sub.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: against repetition")
+    sub.add_argument(
+        "--overflow",
+        choices=("error", "slide"),
+        default="error",
+        help="at the model's last position: refuse, or go on behind the last half of the window",
+    )
     sub.add_argument("--seed", type=int, help="makes the sampling repeatable")
     sub.add_argument("--stop", action="append", default=[], metavar="TOKEN", help="ends the text; may be repeated")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
@@ -415,36 +512,59 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch-size", type=int, default=8, help="windows a forward pass")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
-    sub = command("train", train, "Train a language model on text files.", model=False)
-    sub.add_argument("files", nargs="+", metavar="FILE", help="UTF-8 text")
+    sub = command("train", train, "Train a language model on text files, or fine-tune one for a task.", model=False)
+    sub.add_argument("files", nargs="+", metavar="FILE", help="UTF-8 text; with --task TSV, CSV or JSON lines")
     sub.add_argument("--output", required=True, metavar="FOLDER")
-    sub.add_argument("--model", help="a folder or Hub name to go on from; a new model if not given", metavar="NAME")
+    sub.add_argument("--model", help="a folder or Hub name to go on from", metavar="NAME")
     sub.add_argument("--device", help="cpu, cuda, cuda:1, …; a GPU if there is one")
-    sub.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the matmuls; float32 if not given")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the matmuls; bfloat16 on a GPU")
     sub.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
-    sub.add_argument("--steps", type=int, required=True)
-    sub.add_argument("--batch-size", type=int, default=4)
-    sub.add_argument("--context", type=int, default=512, help="tokens a sequence")
-    sub.add_argument("--learning-rate", type=float, default=1e-3)
-    sub.add_argument("--warmup-steps", type=int, default=100)
-    sub.add_argument("--weight-decay", type=float, default=0.1)
+    sub.add_argument("--steps", type=int, help="on plain text")
+    sub.add_argument("--batch-size", type=int, help="over all devices; 4, with --task 32")
+    sub.add_argument("--accumulate", type=int, default=1, help="parts a batch is cut into")
+    sub.add_argument("--context", type=int, help="tokens a sequence; 512, with --task the model's n_positions")
+    sub.add_argument("--learning-rate", type=float, help="1e-3, with --task 6.25e-5")
+    sub.add_argument("--schedule", choices=("cosine", "linear"), help="behind the warm-up; with --task linear")
+    sub.add_argument("--warmup-steps", type=int, help="100, with --task 0.2 %% of all")
+    sub.add_argument("--weight-decay", type=float, help="0.1, with --task 0.01")
     sub.add_argument("--beta1", type=float, default=0.9)
-    sub.add_argument("--beta2", type=float, default=0.95)
+    sub.add_argument("--beta2", type=float, help="0.95, with --task 0.999")
     sub.add_argument("--clip-norm", type=float, default=1.0)
-    sub.add_argument("--held-out", type=float, default=0.05, help="fraction of each file, its end")
+    sub.add_argument("--held-out", type=float, help="fraction of each text file, its end; 0.05")
     sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--dropout", type=float, help="0, with --task 0.1")
+    sub.add_argument("--attention-dropout", type=float, help="as --dropout; 0 keeps a CPU on its fused attention")
     sub.add_argument("--save-every", type=int, default=500, help="steps")
     sub.add_argument("--evaluate-every", type=int, default=500, help="steps")
+    sub.add_argument("--log-every", type=int, default=50, help="steps")
+    sub.add_argument("--parallel", choices=("none", "ddp", "fsdp"), help="under torchrun; ddp if not given")
+    sub.add_argument("--checkpoint-activations", action="store_true", help="a fraction of the memory, more time")
+    sub.add_argument("--cuda-graph", action="store_true", help="record a step once and replay it, on one GPU")
+    sub.add_argument("--json", action="store_true", help="print one JSON object, no progress bar")
+    task = sub.add_argument_group("fine-tuning")
+    task.add_argument("--task", choices=TASKS)
+    task.add_argument("--columns", nargs="+", default=[], metavar="ROLE=COLUMN", help="text=review label=stars")
+    task.add_argument("--labels", nargs="+", default=[], help="in their order; those of the files if not given")
+    task.add_argument("--regression", action="store_true", help="the label is a number to predict")
+    task.add_argument("--valid", metavar="FILE", help="examples to judge the model on")
+    task.add_argument("--epochs", type=int, help="3 if not given")
+    task.add_argument("--lm-coef", type=float, default=0.5, help="weight of the language-model loss")
+    task.add_argument("--classifier-dropout", type=float, default=0.1)
+    task.add_argument("--padded", action="store_true", help="pad sequences instead of packing them")
     new = sub.add_argument_group("a new model")
     new.add_argument("--vocab-size", type=int, default=4096)
     new.add_argument("--n-positions", type=int, help="as --context if not given")
     new.add_argument("--n-embd", type=int, default=192)
     new.add_argument("--n-layer", type=int, default=6)
     new.add_argument("--n-head", type=int, default=3)
-    new.add_argument("--dropout", type=float, default=0.0)
-    new.add_argument("--attention-dropout", type=float, default=0.0, help="0 keeps a CPU on its fused attention")
     new.add_argument("--initializer-range", type=float, default=0.06, help="about 1 / sqrt(n-embd); GPT-1 has 0.02")
-    sub.add_argument("--json", action="store_true", help="print one JSON object, no progress bar")
+
+    sub = command("predict", predict_command, "Labels and probabilities from a fine-tuned model.", model=False)
+    sub.add_argument("file", help="TSV, CSV or JSON lines with the task's columns")
+    sub.add_argument("--model", required=True, help="a folder that train --task left", metavar="FOLDER")
+    sub.add_argument("--output", metavar="FILE", help="JSON lines; standard output if not given")
+    sub.add_argument("--device", help="cpu, cuda, cuda:1, …; a GPU if there is one")
+    sub.add_argument("--batch-size", type=int, default=32)
 
     sub = command("explain", explain_command, "Which backend runs each op, and why a faster one does not.")
     sub.add_argument("--batch-size", type=int, default=1)

@@ -10,7 +10,7 @@ import torch
 from gptfast import OpenAIGPTLMHeadModel, OpenAIGPTTokenizer
 from gptfast.cli import SHIPPED, _speed
 from gptfast.scoring import score_ids
-from gptfast.train import LOG_FILE, SUMMARY_FILE, read_texts, split_held_out
+from gptfast.training import LOG_FILE, SUMMARY_FILE, read_texts, split_held_out
 
 ROOT = Path(__file__).parent.parent
 BOOKS = ROOT.parent / "shared" / "data" / "books"

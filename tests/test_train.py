@@ -2,10 +2,10 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,20 +13,12 @@ import pytest
 import torch
 
 from gptfast import OpenAIGPTConfig, OpenAIGPTLMHeadModel, OpenAIGPTTokenizer
-from gptfast import train as training
 from gptfast.scoring import score_ids
 from gptfast.tokenizer import train_tokenizer
-from gptfast.train import (
-    LOG_FILE,
-    STATE_FILE,
-    SUMMARY_FILE,
-    Batches,
-    Settings,
-    learning_rate,
-    make_optimizer,
-    read_texts,
-    train,
-)
+from gptfast.training import LOG_FILE, STATE_FILE, SUMMARY_FILE, Options, Settings, api, loop, read_texts, train
+from gptfast.training.loop import make_optimizer
+from gptfast.training.settings import learning_rate
+from gptfast.training.text import Windows, split_held_out
 
 POEMS = Path(__file__).parent / "data" / "poems.txt"
 SETTINGS = Settings(steps=12, batch_size=2, context=16, warmup_steps=2, held_out=0.2)
@@ -45,14 +37,15 @@ def new_model(tokenizer, **settings):
 
 def run(tokenizer, folder, settings=SETTINGS, model=None, **options):
     model = new_model(tokenizer) if model is None else model
-    options = {"save_every": 4, "evaluate_every": 6, "log_every": 2, "progress": False, **options}
-    return train(model, tokenizer, [POEMS.read_text()], settings, folder, **options)
+    options = Options(**{"save_every": 4, "evaluate_every": 6, "log_every": 2, "progress": False, **options})
+    return train(model, tokenizer, [POEMS.read_text()], settings, folder, options=options)
 
 
 def rows(folder):
     """The log, but for the speed."""
+    speed = ("tokens_per_second", "mfu")
     lines = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in speed} for line in lines]
 
 
 def test_learns_and_leaves_a_model(tokenizer, tmp_path):
@@ -67,7 +60,7 @@ def test_learns_and_leaves_a_model(tokenizer, tmp_path):
     assert not model.training
     assert len(OpenAIGPTTokenizer.from_pretrained(tmp_path)) == len(tokenizer)
     assert not (tmp_path / STATE_FILE).exists()
-    held_out = training.split_held_out(POEMS.read_text(), 0.1)[1]
+    held_out = split_held_out(POEMS.read_text(), 0.1)[1]
     ids = torch.tensor(tokenizer(held_out)["input_ids"])
     assert score == score_ids(model, ids, context=17, text_bytes=len(held_out.encode()))
     assert json.loads((tmp_path / SUMMARY_FILE).read_text())["held_out_perplexity"] == score.perplexity
@@ -76,14 +69,14 @@ def test_learns_and_leaves_a_model(tokenizer, tmp_path):
 def test_interrupted_and_resumed_equals_uninterrupted(tokenizer, tmp_path, monkeypatch):
     whole, _ = run(tokenizer, tmp_path / "whole")
 
-    rate = training.learning_rate
+    rate = loop.learning_rate
 
     def interrupt_at_step_5(step, settings):
         if step == 5:
             signal.raise_signal(signal.SIGINT)
         return rate(step, settings)
 
-    monkeypatch.setattr(training, "learning_rate", interrupt_at_step_5)
+    monkeypatch.setattr(loop, "learning_rate", interrupt_at_step_5)
     with pytest.raises(KeyboardInterrupt, match="stopped after step 6"):
         run(tokenizer, tmp_path / "parts")
     monkeypatch.undo()
@@ -95,29 +88,23 @@ def test_interrupted_and_resumed_equals_uninterrupted(tokenizer, tmp_path, monke
     assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
 
 
-def test_killed_and_resumed_equals_uninterrupted(tokenizer, tmp_path):
-    """SIGKILL at whatever moment it comes, then --resume."""
-    tokenizer.save_pretrained(tmp_path / "base")
-    new_model(tokenizer).save_pretrained(tmp_path / "base")
-    command = [sys.executable, "-m", "gptfast.cli", "train", str(POEMS), "--model", str(tmp_path / "base")]
-    command += ["--steps=60", "--batch-size=2", "--context=16", "--held-out=0", "--save-every=5", "--json"]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-
-    def start(folder, *more):
-        output = ["--output", str(tmp_path / folder)]
-        return subprocess.Popen([*command, *output, *more], env=env, stdout=subprocess.DEVNULL)
-
-    assert start("whole").wait() == 0
-    killed = start("parts")
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "parts" / STATE_FILE).exists() and killed.poll() is None and time.monotonic() < deadline:
-        pass
-    killed.kill()
-    assert killed.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    assert start("parts", "--resume").wait() == 0
+def test_killed_and_resumed_equals_uninterrupted(tmp_path):
+    """SIGKILL in a step, half-way through a state, between its files, behind the model: the same bits in the end."""
+    command = [sys.executable, "-m", "tests.support.killed_run", str(POEMS), str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=env, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    statuses = json.loads(done.stdout)
+    assert statuses["whole"] == 0
+    *killed, last = statuses["parts"].values()
+    assert len(killed) == 6
+    assert set(killed) == {-signal.SIGKILL}
+    assert last == 0
     whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
     assert whole == parts
-    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    log = rows(tmp_path / "whole")
+    assert [row["step"] for row in log] == list(range(1, 25))
+    assert log == rows(tmp_path / "parts")
 
 
 def test_unfinished_run_is_not_overwritten(tokenizer, tmp_path):
@@ -159,7 +146,7 @@ def test_held_out_text_is_judged_at_trained_positions_only(tokenizer, tmp_path, 
         contexts.append(context)
         return score_ids(*args, context=context, **how)
 
-    monkeypatch.setattr(training, "score_ids", score)
+    monkeypatch.setattr(api, "score_ids", score)
     run(tokenizer, tmp_path / "short")
     assert set(contexts) == {SETTINGS.context + 1}
     contexts.clear()
@@ -176,13 +163,13 @@ def test_held_out_text_is_judged_at_trained_positions_only(tokenizer, tmp_path, 
     ],
 )
 def test_held_out_is_the_end_of_the_text(text, training_text):
-    a, b = training.split_held_out(text, 0.3)
+    a, b = split_held_out(text, 0.3)
     assert (a, a + b) == (training_text, text)
-    assert training.split_held_out(text, 0.0) == (text, "")
+    assert split_held_out(text, 0.0) == (text, "")
 
 
 def test_resume_under_other_settings_is_refused(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "learning_rate", lambda step, settings: signal.raise_signal(signal.SIGINT) or 1e-3)
+    monkeypatch.setattr(loop, "learning_rate", lambda step, settings: signal.raise_signal(signal.SIGINT) or 1e-3)
     with pytest.raises(KeyboardInterrupt):
         run(tokenizer, tmp_path)
     monkeypatch.undo()
@@ -199,19 +186,24 @@ def test_loss_that_is_not_finite_stops(tokenizer, tmp_path):
 
 
 def test_disk_full_keeps_the_last_state(tokenizer, tmp_path, monkeypatch):
-    save, calls = torch.save, []
+    """The file system refuses a write half-way through the second state."""
+    rate, limits = loop.learning_rate, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def fail_second(state, file):
-        calls.append(file)
-        if len(calls) == 2:
-            Path(file).write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        save(state, file)
+    def fill_disk_at_step_5(step, settings):
+        if step == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        return rate(step, settings)
 
-    monkeypatch.setattr(torch, "save", fail_second)
-    with pytest.raises(OSError, match="No space left"):
-        run(tokenizer, tmp_path)
+    monkeypatch.setattr(loop, "learning_rate", fill_disk_at_step_5)
+    try:
+        with pytest.raises(
+            OSError, match="cannot write the state of step 8, the last good one is kept: File too large"
+        ):
+            run(tokenizer, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     monkeypatch.undo()
+    assert not list(tmp_path.glob("*.new"))
     assert torch.load(tmp_path / STATE_FILE, weights_only=True)["step"] == 4
     run(tokenizer, tmp_path, resume=True)
 
@@ -227,16 +219,20 @@ def test_learning_rate():
 
 def test_batches_repeat_nothing_in_an_epoch_and_depend_on_the_step_alone():
     ids = torch.arange(1000)
-    batches = Batches(ids, batch_size=3, context=7, seed=1)
-    epoch = [batches[step] for step in range(batches.per_epoch)]
-    predicted = torch.cat([batch[:, 1:].flatten() for batch in epoch])
+    windows = Windows(ids, batch_size=3, context=7, seed=1)
+    epoch = [windows.batch(step) for step in range(windows.per_epoch)]
+    predicted = torch.cat([batch.targets.flatten() for batch in epoch])
     assert len(predicted.unique()) == len(predicted) > 900
-    assert all((batch.diff(dim=1) == 1).all() for batch in epoch)
-    again = Batches(ids, batch_size=3, context=7, seed=1)
-    later = batches.per_epoch + 2
-    assert torch.equal(again[later], batches[later])
-    assert torch.equal(again[1], epoch[1])
-    assert not torch.equal(Batches(ids, batch_size=3, context=7, seed=2)[1], epoch[1])
+    assert all((batch.input_ids.diff(dim=1) == 1).all() for batch in epoch)
+    assert all((batch.targets == batch.input_ids + 1).all() for batch in epoch)
+    again = Windows(ids, batch_size=3, context=7, seed=1)
+    later = windows.per_epoch + 2
+    assert torch.equal(again[later], windows[later])
+    assert torch.equal(again.batch(1).input_ids, epoch[1].input_ids)
+    assert not torch.equal(Windows(ids, batch_size=3, context=7, seed=2)[1], again[1])
+    shares = [windows.batch(1, part, 2) for part in range(2)]
+    assert torch.equal(torch.cat([s.input_ids for s in shares]), epoch[1].input_ids)
+    assert {s.tokens for s in shares} == {21}  # of the whole step
 
 
 def test_weight_decay_is_for_matrices(tokenizer):

@@ -1,0 +1,51 @@
+"""A step's forward and backward recorded as one CUDA graph: the CPU launches it once, not once a kernel."""
+
+from collections.abc import Callable
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from .batch import Batch
+
+WARM_UP = 3  # passes before recording, in which libraries allocate what they keep
+
+
+class GraphedStep:
+    """Replays ``gradients`` on batches of the first one's shape. Gradients stay in the buffers they were recorded in,
+    and a replay overwrites them: do not set them to None.
+
+    Dropout draws anew each replay, from the generator's seed at that time: torch registers it with the graph.
+    """
+
+    def __init__(self, gradients: Callable[[list[Batch]], Tensor], parameters: list[Tensor]):
+        self.gradients, self.parameters = gradients, parameters
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, batches: list[Batch]) -> Tensor:
+        if self.graph is None:
+            self._record(batches)
+        for field in fields(Batch):
+            static, new = (getattr(b[0], field.name) for b in (self.static, batches))
+            if isinstance(static, Tensor):
+                if static.shape != new.shape:
+                    raise ValueError(f"cuda_graph needs batches of one shape, got {static.shape} and {new.shape}")
+                static.copy_(new)
+        self.graph.replay()  # type: ignore[union-attr]
+        return self.loss
+
+    def _record(self, batches: list[Batch]) -> None:
+        self.static = batches
+        before = torch.cuda.get_rng_state()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                self.gradients(batches)
+        torch.cuda.current_stream().wait_stream(stream)
+        for parameter in self.parameters:
+            parameter.grad = None  # so that the recorded pass allocates them among what it keeps
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = self.gradients(batches)
+        torch.cuda.set_rng_state(before)

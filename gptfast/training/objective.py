@@ -1,0 +1,122 @@
+"""What is minimised: the language-model loss, a task's own, or both (Radford et al. 2018, equation 5).
+
+    loss = task loss + λ * language-model loss               means over a step's examples, and over its tokens
+
+The state that a task's head reads goes to it directly, and ``linear_cross_entropy`` never holds all logits. OpenAI's
+code took the mean over each sequence's tokens first; ours weighs every token alike, as HuggingFace's classes do.
+
+Shapes: E examples, S sequences an example, C width, L labels.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gptfast_kernels import embedding, flash_attention_varlen, linear_cross_entropy
+
+from ..heads import OpenAIGPTDoubleHeadsModel, OpenAIGPTLMHeadModel
+from ..model import Attention, AttentionContext, OpenAIGPTModel
+from .batch import Batch
+
+
+@dataclass
+class PackedContext(AttentionContext):
+    cu_seqlens: Tensor  # int32 [R + 1]
+    max_seqlen: int
+
+
+class PackedAttention(Attention):
+    """Attention that also takes sequences laid end to end, each of which sees only itself."""
+
+    def forward(self, x: Tensor, context: AttentionContext, layer: int) -> tuple[Tensor, Tensor | None]:
+        if not isinstance(context, PackedContext):
+            return super().forward(x, context, layer)
+        _, total, C = x.shape
+        q, k, v = self.c_attn(x).view(total, 3, self.n_head, C // self.n_head).unbind(1)
+        starts, longest = context.cu_seqlens, context.max_seqlen
+        dropout_p = self.dropout_p if self.training else 0.0
+        a = flash_attention_varlen(q, k, v, starts, starts, longest, longest, dropout_p=dropout_p)
+        return self.c_proj(a.reshape(1, total, C)), None
+
+
+def take_packed(body: OpenAIGPTModel) -> None:
+    """Lets ``packed_states`` run on this body; nothing else about it changes."""
+    for block in body.h:
+        block.attn.__class__ = PackedAttention
+
+
+def packed_states(body: OpenAIGPTModel, batch: Batch) -> Tensor:
+    """The last hidden state of packed sequences, [1, total, C]: what ``body`` gives for each sequence alone."""
+    assert batch.cu_seqlens is not None
+    dropout_p = body.config.embd_pdrop if body.training else 0.0
+    context = PackedContext(None, None, None, False, False, batch.cu_seqlens, batch.max_seqlen)
+    tokens, positions = body.tokens_embed.weight, body.positions_embed.weight
+    x = embedding(batch.input_ids, tokens, positions, position_ids=batch.position_ids, dropout_p=dropout_p)
+    recompute = body.gradient_checkpointing and body.training and torch.is_grad_enabled()
+    for layer, block in enumerate(body.h):
+        if recompute:
+            x, _ = checkpoint(block, x, context, layer, **body.checkpoint_kwargs)
+        else:
+            x, _ = block(x, context, layer)
+    return x
+
+
+class Objective(nn.Module):
+    """The loss of a model on a batch, as a module, so that DDP and FSDP can wrap it.
+
+    Args:
+        model: one of gptfast's heads. A classification model reads the sum of an example's extract states.
+        lm_coef: λ; the language-model loss of a model that has no other head counts whole.
+        classifier_dropout: on what a classification head reads; the multiple-choice head has its own in its config.
+        regression: the loss is the squared error of one number.
+
+    Raises:
+        ValueError: λ > 0 for a classification model whose language-model head is not its token table.
+    """
+
+    def __init__(self, model: Any, *, lm_coef: float = 0.5, classifier_dropout: float = 0.1, regression: bool = False):
+        super().__init__()
+        self.model = model
+        self.has_task = not isinstance(model, OpenAIGPTLMHeadModel)
+        self.lm_coef = lm_coef if self.has_task else 1.0
+        self.classifier_dropout, self.regression = classifier_dropout, regression
+        if self.lm_coef and model.get_output_embeddings() is None and not model.config.tie_word_embeddings:
+            raise ValueError(f"lm_coef must be 0 for {type(model).__name__} with untied embeddings, got {lm_coef}")
+        take_packed(model.transformer)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(loss, language-model loss, task's logits [E, L] or [E, S]); losses are this batch's share of the step's."""
+        body = self.model.transformer
+        if batch.cu_seqlens is None:
+            hidden = body(batch.input_ids, return_dict=True, use_cache=False).last_hidden_state
+        else:
+            hidden = packed_states(body, batch)
+
+        lm_loss = hidden.new_zeros((), dtype=torch.float32)
+        if self.lm_coef:
+            head = self.model.get_output_embeddings() or body.tokens_embed
+            lm_loss = linear_cross_entropy(hidden, head.weight, batch.targets, reduction="sum") / batch.tokens
+        if not self.has_task:
+            return lm_loss, lm_loss, None
+        assert batch.extract is not None
+        logits = self.task_logits(hidden.flatten(0, -2)[batch.extract])
+        loss = self.lm_coef * lm_loss
+        if batch.labels is not None:
+            loss = loss + self._task_loss(logits.float(), batch.labels) / batch.examples
+        return loss, lm_loss, logits
+
+    def task_logits(self, states: Tensor) -> Tensor:
+        """Of the extract states [E, S, C]: [E, L], or [E, S] for multiple choice."""
+        if isinstance(self.model, OpenAIGPTDoubleHeadsModel):
+            return self.model.multiple_choice_head(states[:, :, None], None).squeeze(-1)
+        pooled = F.dropout(states.sum(1), self.classifier_dropout, self.training)
+        return self.model.score(pooled)
+
+    def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.regression:
+            return F.mse_loss(logits.squeeze(-1), labels, reduction="sum")
+        return F.cross_entropy(logits, labels, reduction="sum")
