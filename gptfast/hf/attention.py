@@ -115,7 +115,7 @@ def attention_mask(
             batch_size,
             q_length,
             kv_length,
-            q_offset,
+            q_offset,  # type: ignore[arg-type]
             kv_offset,
             mask_function,
             attention_mask,
