@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint gpu clean compile-report mutants
+.PHONY: demo test lint bench bench-cpu readme-figures gpu clean compile-report mutants
 
 demo: $(VENV)/.demo
 	$(BIN)/gptfast demo
@@ -26,9 +26,22 @@ compile-report: $(VENV)/.test
 mutants: $(VENV)/.test
 	PYTHONPATH=.:kernels $(BIN)/python -m tests.support.mutants $(MUTANTS)
 
-# Needs a GPU: the kernels' tests on it, then timings, to benchmarks/results or $OUT.
+# Every op and the whole model against their peers, on a GPU if there is one: ten minutes; BENCH=--quick takes two.
+bench: $(VENV)/.test
+	$(BIN)/gptfast bench $(BENCH)
+
+# The README's table of inference on a CPU: a quarter of an hour on two cores with nothing beside it.
+bench-cpu: $(VENV)/.test
+	$(BIN)/gptfast bench --profile inference --device cpu --output-dir benchmarks/results/inference-cpu $(BENCH)
+
+# The README's tables, from benchmarks/results.
+readme-figures: $(VENV)/.test
+	$(BIN)/python -m gptfast_bench.report README.md
+
+# Needs a GPU: the kernels' tests on it, then timings, to benchmarks/results/gpu or $$OUT, in ten minutes.
+# STEPS=sanitize runs a few tests under compute-sanitizer instead; STEPS="bench -- --resume FILE" goes on.
 gpu: $(VENV)/.test
-	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.gpu $(OPS)
+	$(BIN)/python -m gptfast_bench.gpu $(STEPS)
 
 # torch first: another package's range must not choose the build.
 $(VENV)/.torch:

@@ -1,4 +1,4 @@
-"""The command line: ``gptfast demo | generate | score | train | predict | explain | env``."""
+"""The command line: ``gptfast demo | generate | score | train | predict | bench | explain | env``."""
 
 import argparse
 import contextlib
@@ -331,6 +331,58 @@ def predict_command(args: argparse.Namespace) -> None:
             print(json.dumps(row, ensure_ascii=False), file=out)
 
 
+# -- bench ----------------------------------------------------------------------------------------------------------
+
+
+def bench(args: argparse.Namespace) -> None:
+    from gptfast_bench import cli  # the suite imports this package: only this command imports it
+
+    args.device = str(_device(args))
+    cli.run(args)
+
+
+def bench_compare(args: argparse.Namespace) -> None:
+    from gptfast_bench import cli
+
+    sys.exit(cli.compare_files(args.before, args.after, as_json=args.json))
+
+
+def _bench_arguments(sub: argparse.ArgumentParser) -> None:
+    which = sub.add_mutually_exclusive_group()
+    profiles = ("full", "quick", "inference", "smoke")
+    which.add_argument("--profile", choices=profiles, default="full", help="ten minutes, two, fifteen, and a toy's")
+    which.add_argument("--quick", action="store_const", dest="profile", const="quick", help="as --profile quick")
+    sub.add_argument("--device", help="cpu, cuda, cuda:1, …; a GPU if there is one")
+    sub.add_argument("--threads", type=int, help="on a CPU; as many as torch takes if not given")
+    sub.add_argument("--op", action="append", default=[], help="attention, …, model; may be repeated")
+    sub.add_argument("--mode", action="append", default=[], help="forward, decode, …; may be repeated")
+    sub.add_argument("--dtype", action="append", default=[], choices=DTYPES, help="in place of the profile's")
+    sub.add_argument(
+        "--baseline",
+        action="append",
+        default=[],
+        metavar="PROVIDER",
+        help="run these beside gptfast, the first to hold the others against; all if not given",
+    )
+    sub.add_argument("--output-dir", default="runs/bench", metavar="FOLDER", help="for bench.json, .csv and .html")
+    sub.add_argument(
+        "--resume", nargs="?", const=True, metavar="FILE", help="go on with this bench.json; the folder's if not named"
+    )
+    sub.add_argument("--first", type=int, default=0, metavar="N", help="leave out the first N cells")
+    sub.add_argument("--seconds", type=float, metavar="S", help="start no cell after these; as the profile has it")
+    sub.add_argument("--no-progress", action="store_true", help="no progress bar")
+    out = sub.add_mutually_exclusive_group()
+    out.add_argument("--json", action="store_true", help="print the report as JSON")
+    out.add_argument("--csv", action="store_true", help="print the report as CSV")
+    other = sub.add_subparsers(metavar="compare")
+    help = "What got slower between two runs, beyond noise; the exit status is 1 if anything did."
+    sub = other.add_parser("compare", help=help, description=help)
+    sub.add_argument("before", metavar="BEFORE.json")
+    sub.add_argument("after", metavar="AFTER.json")
+    sub.add_argument("--json", action="store_true", help="print a JSON list")
+    sub.set_defaults(run=bench_compare)
+
+
 # -- explain and env ------------------------------------------------------------------------------------------------
 
 
@@ -565,6 +617,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", metavar="FILE", help="JSON lines; standard output if not given")
     sub.add_argument("--device", help="cpu, cuda, cuda:1, …; a GPU if there is one")
     sub.add_argument("--batch-size", type=int, default=32)
+
+    sub = command("bench", bench, "Time every op and the model against their strongest peers.", model=False)
+    _bench_arguments(sub)
 
     sub = command("explain", explain_command, "Which backend runs each op, and why a faster one does not.")
     sub.add_argument("--batch-size", type=int, default=1)

@@ -23,7 +23,7 @@ def imported_modules(file: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("folder", "forbidden"),
     [
-        ("kernels/gptfast_kernels", {"gptfast", "tests", "benchmarks", "transformers", "spacy"}),
+        ("kernels/gptfast_kernels", {"gptfast", "gptfast_bench", "tests", "benchmarks", "transformers", "spacy"}),
         ("gptfast", {"tests", "benchmarks"}),
     ],
 )
@@ -32,6 +32,18 @@ def test_imports_flow_one_way(folder, forbidden):
     assert files
     for file in files:
         assert not imported_modules(file) & forbidden, file
+
+
+def test_only_the_command_imports_the_suite():
+    for file in (ROOT / "gptfast").rglob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gptfast_bench"):
+                assert file.name == "cli.py", file
+                assert id(node) in inside, file
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("gptfast_bench") for alias in node.names), file
 
 
 def test_kernels_folder_is_no_package():
