@@ -7,7 +7,8 @@ key/value cache, fused attention, gradient checkpointing. ``attn_implementation`
 backends do.
 """
 
-# mypy: disable-error-code="misc"  (both bases have a config, a generate, …; transformers' come first, as they should)
+# Both bases have a config, a generate and more, and transformers' come first, as they should:
+# mypy: disable-error-code="misc"
 
 import copy
 import functools
@@ -185,7 +186,7 @@ class OpenAIGPTPreTrainedModel(PreTrainedModel):
             if called and type(mlp) is model.MLP:
                 mlp.__class__ = _CalledMLP
             elif not called and type(mlp) is _CalledMLP:
-                mlp.__class__ = model.MLP
+                mlp.__class__ = model.MLP  # type: ignore[assignment]
         tables = (body.tokens_embed, body.positions_embed)
         for module in (*tables, *(ln for block in body.h for ln in (block.ln_1, block.ln_2))):
             if type(module).__module__.startswith("peft.tuners") and not hasattr(module, "modules_to_save"):
@@ -197,11 +198,12 @@ class OpenAIGPTPreTrainedModel(PreTrainedModel):
 
 def _forward_of(ours: type[nn.Module]) -> Callable:
     """The forward pass of ``ours``, taking transformers' caches and giving transformers' outputs."""
-    has_cache = "past_key_values" in inspect.signature(ours.forward).parameters
+    signature = inspect.signature(ours.forward)
+    has_cache = "past_key_values" in signature.parameters
 
     @functools.wraps(ours.forward)
     def forward(self, *args: Any, past_key_values: Any = None, use_cache: bool | None = None, **kwargs: Any) -> Any:
-        arguments = inspect.signature(ours.forward).bind(self, *args, **kwargs).arguments
+        arguments = signature.bind(self, *args, **kwargs).arguments
         del arguments["self"]
         return_dict = arguments.pop("return_dict", None)
         return_dict = self.config.return_dict if return_dict is None else return_dict
@@ -220,6 +222,9 @@ def _forward_of(ours: type[nn.Module]) -> Callable:
         theirs = OUTPUTS[type(output)](**values)
         return theirs if return_dict else theirs.to_tuple()
 
+    # Trainer takes every parameter named after labels for one that a batch must have
+    shown = [parameter for name, parameter in signature.parameters.items() if name != "shift_labels"]
+    forward.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
     return forward
 
 
