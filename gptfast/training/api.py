@@ -20,7 +20,7 @@ from .objective import Objective
 from .parallel import Parallel
 from .settings import Settings
 from .state import SUMMARY_FILE, State, check_output
-from .tasks import MODELS, Example, Examples, Task
+from .tasks import MODELS, PACK_ABOVE, Example, Examples, Task
 from .text import Windows, split_held_out, windows_in_order
 
 ALONE = Parallel()
@@ -109,7 +109,7 @@ def fine_tune(
     Args:
         model: what ``load_for_task`` gives.
         examples, held_out: what ``read_examples`` gives.
-        packed: sequences laid end to end, without padding.
+        packed: sequences laid end to end, without padding, where that is faster; False always pads.
 
     Returns:
         The model and, of the held-out examples, loss and accuracy (or correlation), by their names in the log. Of a
@@ -125,9 +125,13 @@ def fine_tune(
             f"batch_size must be at most {len(examples)}, the examples there are, got {settings.batch_size}"
         )
     folder = _prepare(model, settings, output, options)
-    data = Examples(examples, batch_size=settings.batch_size, seed=settings.seed, packed=packed)
+    pack_above = PACK_ABOVE[model.device.type] if packed else 1.0
+    data, judge = (
+        Examples(them, batch_size=settings.batch_size, seed=settings.seed, pack_above=pack_above)
+        for them in (examples, held_out)
+    )
     objective = objective_for(model, task, settings)
-    judged = Examples(held_out, batch_size=settings.batch_size, packed=packed).in_order() if held_out else []
+    judged = judge.in_order() if held_out else []
     state = fit(
         objective,
         data,

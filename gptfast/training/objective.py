@@ -25,43 +25,55 @@ from .batch import Batch
 
 @dataclass
 class PackedContext(AttentionContext):
-    cu_seqlens: Tensor  # int32 [R + 1]
-    max_seqlen: int
+    cu_seqlens: Tensor | None = None  # int32 [R + 1]
+    max_seqlen: int = 0
 
 
 class PackedAttention(Attention):
-    """Attention that also takes sequences laid end to end, each of which sees only itself."""
+    """Attention over sequences laid end to end, each of which sees only itself."""
 
-    def forward(self, x: Tensor, context: AttentionContext, layer: int) -> tuple[Tensor, Tensor | None]:
-        if not isinstance(context, PackedContext):
-            return super().forward(x, context, layer)
-        _, total, C = x.shape
-        q, k, v = self.c_attn(x).view(total, 3, self.n_head, C // self.n_head).unbind(1)
+    def attend(self, qkv: Tensor, context: AttentionContext, layer: int) -> tuple[Tensor, Tensor | None]:
+        """qkv [1, total, 3, H, D] -> [1, total, H, D]."""
+        assert isinstance(context, PackedContext)
+        assert context.cu_seqlens is not None
         starts, longest = context.cu_seqlens, context.max_seqlen
         dropout_p = self.dropout_p if self.training else 0.0
+        q, k, v = qkv[0].unbind(1)
         a = flash_attention_varlen(q, k, v, starts, starts, longest, longest, dropout_p=dropout_p)
-        return self.c_proj(a.reshape(1, total, C)), None
+        return a[None], None
 
 
-def take_packed(body: OpenAIGPTModel) -> None:
-    """Lets ``packed_states`` run on this body; nothing else about it changes."""
-    for block in body.h:
-        block.attn.__class__ = PackedAttention
+def _run_packed(block: Any, x: Tensor, context: PackedContext, layer: int) -> Tensor:
+    """The block, its attention packed for this one call (and for the call that recomputes it)."""
+    usual = type(block.attn)
+    block.attn.__class__ = PackedAttention
+    try:
+        return block(x, context, layer)[0]
+    finally:
+        block.attn.__class__ = usual
 
 
 def packed_states(body: OpenAIGPTModel, batch: Batch) -> Tensor:
     """The last hidden state of packed sequences, [1, total, C]: what ``body`` gives for each sequence alone."""
     assert batch.cu_seqlens is not None
     dropout_p = body.config.embd_pdrop if body.training else 0.0
-    context = PackedContext(None, None, None, False, False, batch.cu_seqlens, batch.max_seqlen)
+    context = PackedContext(
+        key_padding_mask=None,
+        head_mask=None,
+        cache=None,
+        output_attentions=False,
+        inference=False,
+        cu_seqlens=batch.cu_seqlens,
+        max_seqlen=batch.max_seqlen,
+    )
     tokens, positions = body.tokens_embed.weight, body.positions_embed.weight
     x = embedding(batch.input_ids, tokens, positions, position_ids=batch.position_ids, dropout_p=dropout_p)
     recompute = body.gradient_checkpointing and body.training and torch.is_grad_enabled()
     for layer, block in enumerate(body.h):
         if recompute:
-            x, _ = checkpoint(block, x, context, layer, **body.checkpoint_kwargs)
+            x = checkpoint(_run_packed, block, x, context, layer, **body.checkpoint_kwargs)
         else:
-            x, _ = block(x, context, layer)
+            x = _run_packed(block, x, context, layer)
     return x
 
 
@@ -86,7 +98,6 @@ class Objective(nn.Module):
         self.classifier_dropout, self.regression = classifier_dropout, regression
         if self.lm_coef and model.get_output_embeddings() is None and not model.config.tie_word_embeddings:
             raise ValueError(f"lm_coef must be 0 for {type(model).__name__} with untied embeddings, got {lm_coef}")
-        take_packed(model.transformer)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """(loss, language-model loss, task's logits [E, L] or [E, S]); losses are this batch's share of the step's."""

@@ -9,7 +9,7 @@ import torch
 from ..config import OpenAIGPTConfig
 from ..tokenizer import OpenAIGPTTokenizer
 from .objective import Objective
-from .tasks import MODELS, Example, Examples, Task, add_task_tokens, read_examples
+from .tasks import MODELS, PACK_ABOVE, Example, Examples, Task, add_task_tokens, read_examples
 
 
 def load_for_task(
@@ -47,9 +47,7 @@ def load_fine_tuned(folder: str | os.PathLike) -> tuple[Any, OpenAIGPTTokenizer,
 
 
 @torch.inference_mode()
-def predict(
-    model: Any, task: Task, examples: Sequence[Example], *, batch_size: int = 32, packed: bool = True
-) -> Iterator[dict[str, Any]]:
+def predict(model: Any, task: Task, examples: Sequence[Example], *, batch_size: int = 32) -> Iterator[dict[str, Any]]:
     """Yields a row for each example: ``label`` and ``probabilities`` by label; of regression ``value``.
 
     Args:
@@ -58,7 +56,8 @@ def predict(
     if not task.has_head:
         raise ValueError("a language model has no labels to predict: use gptfast score or gptfast generate")
     objective = Objective(model, lm_coef=0.0, regression=task.regression).eval()
-    for batch in Examples(examples, batch_size=batch_size, packed=packed).in_order():
+    pack_above = PACK_ABOVE[model.device.type]
+    for batch in Examples(examples, batch_size=batch_size, pack_above=pack_above).in_order():
         _, _, logits = objective(batch.to(model.device))
         if task.regression:
             yield from ({"value": value} for value in logits.squeeze(-1).tolist())

@@ -10,6 +10,7 @@ A task's head reads the state at ``extract``. The three tokens are new; their na
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +33,10 @@ ROLES = {
     "similarity": ("first", "second"),
     "multiple-choice": ("context", "choice"),
 }
+# A CPU runs attention a packed sequence at a time, which pays where a fifth of a batch would be padding; a GPU's kernel
+# takes them all at once. On 2 cores, 16 sequences, 6 layers of width 192: lengths 64, 0.85 times as fast; 20 to 80, 1.1
+# to 1.2 times; 30 to 400, 1.3 to 1.6 times.
+PACK_ABOVE = {"cpu": 0.2, "cuda": 0.0}
 MODELS: dict[str, Any] = {
     "language-modeling": OpenAIGPTLMHeadModel,
     "classification": OpenAIGPTForSequenceClassification,
@@ -202,19 +207,26 @@ def _cut(a: list[int], b: list[int], room: int) -> tuple[list[int], list[int]]:
 def _label(task: Task, text: str, where: str) -> int | float:
     if task.regression:
         try:
-            return float(text)
+            value = float(text)
         except ValueError as error:
             raise ValueError(f"{where}: {task.columns['label'][0]} must be a number, got {text!r}") from error
+        if not math.isfinite(value):
+            raise ValueError(f"{where}: {task.columns['label'][0]} must be a finite number, got {text!r}")
+        return value
     if text not in task.labels:
         raise ValueError(f"{where}: {task.columns['label'][0]} must be one of {', '.join(task.labels)}, got {text!r}")
     return task.labels.index(text)
 
 
 class Examples:
-    """Batches of examples, in a new order each epoch, all full: the last few of an order wait for the next epoch."""
+    """Batches of examples, in a new order each epoch, all full: the last few of an order wait for the next epoch.
 
-    def __init__(self, examples: Sequence[Example], *, batch_size: int, seed: int = 0, packed: bool = True):
-        self.examples, self.batch_size, self.seed, self.packed = examples, batch_size, seed, packed
+    Args:
+        pack_above: a batch is packed where more than this fraction of its rectangle would be padding; 1 never packs.
+    """
+
+    def __init__(self, examples: Sequence[Example], *, batch_size: int, seed: int = 0, pack_above: float = 0.0):
+        self.examples, self.batch_size, self.seed, self.pack_above = examples, batch_size, seed, pack_above
         self.per_epoch = len(examples) // batch_size
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> Batch:
@@ -229,7 +241,9 @@ class Examples:
 
     def _of(self, mine: list[int], step: list[int]) -> Batch:
         chosen = [self.examples[i] for i in mine]
-        fields, last = collate([s for example in chosen for s in example.sequences], packed=self.packed)
+        sequences = [s for example in chosen for s in example.sequences]
+        filled = sum(map(len, sequences)) / (len(sequences) * max(map(len, sequences)))
+        fields, last = collate(sequences, packed=1 - filled > self.pack_above)
         labels = [example.label for example in chosen if example.label is not None]
         return Batch(
             **fields,
