@@ -21,20 +21,20 @@ Shapes: B batch, T query length, S key length, H query heads, Hkv key/value head
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal, overload
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import _dispatch, _philox, _triton
+from ._autograd import wants_grad
 from ._philox import keep
 from ._triton import tl, triton
 
 Window = tuple[int | None, int | None]
-
 
 
 # ---- reference
@@ -60,11 +60,13 @@ def visible_keys(T: int, S: int, window: Window, padding: Tensor | None, device:
 
 def _scores(q: Tensor, k: Tensor, window: Window, softmax_scale: float, padding: Tensor | None) -> Tensor:
     """softmax_scale * Q K^T, -inf where masked: [B, H, T, S]."""
-    if padding is not None:  # 0 * NaN is NaN: what padding holds must not reach a product
+    if padding is not None:  # 0 * NaN is NaN: what padding, or a query that sees no key, holds must not reach a product
         k = k.masked_fill(~padding[:, :, None, None], 0.0)
     k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
-    scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * softmax_scale
     visible = visible_keys(q.shape[1], k.shape[1], window, padding, q.device)
+    if visible is not None:
+        q = q.masked_fill(~visible.any(-1)[:, 0, :, None, None], 0.0)
+    scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * softmax_scale
     return scores if visible is None else scores.masked_fill(~visible, -math.inf)
 
 
@@ -111,8 +113,8 @@ def attention_reference(
 
     ``kept``, bool [B, H, T, S], is the dropout mask; None draws one. Other arguments as ``flash_attention``.
     """
-    padding = None if key_padding_mask is None else _as_mask(key_padding_mask, k)
-    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
+    padding = _as_mask(key_padding_mask, k)
+    scale = _scale_of(q, softmax_scale)
     return _reference(q, k, v, _window_of(causal, window_size), scale, dropout_p, padding, kept)
 
 
@@ -134,6 +136,8 @@ def _sdpa(
     if visible is not None:  # a softmax over no key at all would be NaN: let such a query see all, then clear it
         empty = ~visible.any(-1, keepdim=True)  # [B, 1, T, 1]
         visible = visible | empty
+        if torch.is_grad_enabled():  # NaN in such a query would reach dK and dV
+            q = q.masked_fill(empty[:, 0, :, :, None], 0.0)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -163,16 +167,19 @@ class Config:
     registers: int = 255  # at most, a thread
     blocks: int = 1  # at least, an SM
     matrix: str | None = None  # the matrix instruction, where it is not the target's own
+    chunk: int | None = None  # of dQ: columns of a head worked on at a time; None: all of them
 
 
 # (kernel, dtype, largest head dim) -> target -> row. "" is every target without a row of its own; a "dropout" row comes
-# before both where there is dropout, which takes registers. The numbers are of a packed projection, causal, and nothing
-# here spills on sm_80, sm_90, sm_100 and gfx942. No row has been timed. What speaks for one is that it keeps two blocks
-# an SM where it can: inside a block nothing overlaps the softmax with the products.
+# before both where there is dropout, which takes registers, and then a "padding" row. The numbers are of a packed
+# projection, causal; with any masks nothing here spills on sm_80, sm_90, sm_100 and gfx942. No row has
+# been timed. What speaks for one is that it keeps two blocks an SM where it can: inside a block nothing overlaps the
+# softmax with the products.
 CONFIGS: dict[tuple[str, str, int], dict[str, Config]] = {
     ("forward", "half", 64): {
         "": Config(64, 64, 4, 2, blocks=2),  # 176 registers on sm_80, 163 on sm_100
         "sm_90": Config(64, 64, 4, 3, registers=128, blocks=4),  # with two stages 139 registers, 3 blocks
+        "sm_90 padding": Config(64, 64, 4, 2, blocks=3),  # triton 3.6 serialises three stages' wgmma
     },
     ("forward", "half", 128): {
         "": Config(64, 64, 4, 2, blocks=2),  # 255 registers on sm_80, 174 on sm_90, 226 on sm_100
@@ -184,12 +191,15 @@ CONFIGS: dict[tuple[str, str, int], dict[str, Config]] = {
         "": Config(64, 32, 8, 2),  # 4 warps spill on sm_80
         "sm_90": Config(64, 32, 4, 2, blocks=2),
         "sm_100": Config(64, 32, 4, 2, blocks=2),
+        "gfx942": Config(32, 32, 4, 1, registers=512),
         "dropout": Config(64, 32, 8, 2),
+        "gfx942 dropout": Config(32, 32, 4, 1, registers=512),
     },
     ("backward_dq", "half", 64): {
         "": Config(64, 64, 4, 2, blocks=2),  # 247 registers on sm_80
         "sm_90": Config(64, 64, 4, 2, registers=168, blocks=3),
-        "sm_100": Config(64, 32, 4, 2, blocks=2),  # 64 keys spill with dropout
+        "dropout": Config(64, 32, 4, 2, blocks=2),  # 64 keys spill on sm_80 with a window, and on sm_100
+        "sm_90 dropout": Config(64, 64, 4, 2, blocks=2),
     },
     ("backward_dq", "half", 128): {
         "": Config(64, 32, 4, 2, blocks=2),  # 220 registers on sm_80
@@ -199,11 +209,14 @@ CONFIGS: dict[tuple[str, str, int], dict[str, Config]] = {
     ("backward_dq", "half", 256): {
         "": Config(64, 32, 8, 1),  # 4 warps spill
         "sm_90": Config(32, 64, 8, 1, matrix="HMMA"),  # wgmma needs 64 queries, and spills
+        "gfx942": Config(32, 32, 4, 1, registers=512),
         "dropout": Config(32, 64, 8, 1, matrix="HMMA"),
+        "gfx942 dropout": Config(32, 32, 4, 1, registers=512),
     },
     ("backward_dkv", "half", 64): {
         "": Config(32, 64, 4, 2, blocks=2),  # 64 queries spill on sm_80
         "sm_90": Config(64, 64, 4, 2, blocks=2),  # 231 registers
+        "dropout": Config(16, 64, 4, 2, blocks=2),  # 32 queries spill on sm_80 with grouped heads
         "sm_90 dropout": Config(32, 64, 4, 2, blocks=2),  # 64 queries spill on triton 3.6
     },
     ("backward_dkv", "half", 128): {
@@ -216,14 +229,21 @@ CONFIGS: dict[tuple[str, str, int], dict[str, Config]] = {
     ("backward_dkv", "half", 256): {
         "": Config(32, 32, 8, 1, matrix="HMMA"),  # fits 99 KB of shared memory; 64 keys, which wgmma needs, spill
         "sm_100": Config(32, 64, 8, 1),
+        "gfx942": Config(32, 32, 4, 1, registers=512),
         "dropout": Config(32, 32, 8, 1, matrix="HMMA"),
+        "gfx942 dropout": Config(32, 32, 4, 1, registers=512),
     },
-    # IEEE float32 is multiplied without matrix instructions, and a thread holds whole rows: above 64 backward spills.
+    # NVIDIA multiplies IEEE float32 without matrix instructions, and a thread holds whole rows: tiles are small.
     ("forward", "float32", 64): {"": Config(32, 32, 4, 1, blocks=2)},
     ("backward_dq", "float32", 64): {"": Config(16, 32, 4, 1, blocks=2)},
     ("backward_dkv", "float32", 64): {"": Config(16, 32, 4, 1, blocks=2)},
+    ("forward", "float32", 128): {"": Config(16, 16, 4, 1, blocks=2)},
+    ("backward_dq", "float32", 128): {"": Config(16, 16, 4, 1, blocks=2, chunk=32)},
+    ("backward_dkv", "float32", 128): {"": Config(16, 16, 8, 1)},
+    ("forward", "float32", 256): {"": Config(16, 16, 4, 1, blocks=2)},
+    ("backward_dq", "float32", 256): {"": Config(16, 16, 4, 1, blocks=2, chunk=32)},
+    ("backward_dkv", "float32", 256): {"": Config(16, 16, 16, 1), "gfx942": Config(16, 16, 4, 1, registers=512)},
 }
-KERNELS = ("forward", "backward_dq", "backward_dkv")
 INTERPRETER = {  # small and oblong: few elements make several tiles, and a mix-up of M and N shows
     "forward": Config(32, 16, 4, 1),
     "backward_dq": Config(16, 32, 4, 1),
@@ -237,21 +257,22 @@ FAMILIES = {
 }
 
 
-def max_head_dim(dtype: torch.dtype, hip: bool) -> int:
-    """The widest head that ``CONFIGS`` has a row for in all three kernels."""
-    return 64 if dtype == torch.float32 else 128 if hip else 256
+MAX_HEAD_DIM = 256
 
 
-def config(kernel: str, target: str, dtype: torch.dtype, head_dim: int, group: int, dropout: bool) -> Config:
+def config(
+    kernel: str, target: str, dtype: torch.dtype, head_dim: int, group: int, dropout: bool, padding: bool = False
+) -> Config:
     """The row for one of ``KERNELS``. target: as ``_triton.target`` names it. group: query heads to a key head."""
     if target == "interpreter":
-        return INTERPRETER[kernel]
+        row = INTERPRETER[kernel]
+        return replace(row, chunk=32) if dtype == torch.float32 and head_dim > 64 else row
     width = next(width for width in (64, 128, 256) if head_dim <= width)
     rows = CONFIGS[kernel, "float32" if dtype == torch.float32 else "half", width]
     family = FAMILIES.get(target, "")
     if kernel == "backward_dkv" and family == "sm_90" and (group > 1 or head_dim < width):
         family = ""  # a loop over heads, or masks within rows: its own row spills
-    names = (f"{family} dropout", "dropout", family, "") if dropout else (family, "")
+    names = [f"{family} dropout", "dropout"] * dropout + [f"{family} padding"] * padding + [family, ""]
     return next(rows[name] for name in names if name in rows)
 
 
@@ -277,7 +298,26 @@ def _sequence(cu_seqlens, b, length):
 
 
 @triton.jit
-def _load_rows(base, rows, stride, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _query_tile(cu_seqlens_q, cu_seqlens_k, T, S, H, BLOCK_M: tl.constexpr):
+    """A program's share of the queries: (b, h, m0, rows of the dropout mask, first_q, T, first_k, S)."""
+    tiles = tl.cdiv(T, BLOCK_M)
+    head = tl.program_id(0) // tiles
+    m0 = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M  # heaviest first: the last queries see most keys
+    row = head.to(tl.int64) * T + m0 + tl.arange(0, BLOCK_M)
+    b = (head // H).to(tl.int64)
+    _, first_q, T = _sequence(cu_seqlens_q, b, T)
+    b, first_k, S = _sequence(cu_seqlens_k, b, S)
+    return b, (head % H).to(tl.int64), m0, row, first_q, T, first_k, S
+
+
+@triton.jit
+def _head(base, b, first, h, strides):
+    """The first row of a head of a sequence. strides: of the batch, of rows and of heads."""
+    return base + b * strides[0] + first * strides[1] + h * strides[2]
+
+
+@triton.jit
+def _load_rows(base, rows, stride, inside, D, BLOCK_D: tl.constexpr):
     """[len(rows), BLOCK_D] of a [*, D] matrix: zeros beyond D and where ``inside`` is False; None: all are inside."""
     d = tl.arange(0, BLOCK_D)[None, :]
     pointers = base + rows.to(tl.int64)[:, None] * stride + d
@@ -309,11 +349,13 @@ def _keys_inside(padding, n, S, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _window(scores, distance, left, right):
-    """Scores, -inf where a key's ``distance`` from its query's own position is outside [-left, right]."""
-    if left is not None:
+def _mask(scores, inside, distance, left, right, MASKED: tl.constexpr):
+    """Scores, -inf where a key is not ``inside`` or its ``distance`` from the query's own not in [-left, right]."""
+    if inside is not None:
+        scores = tl.where(inside, scores, -float("inf"))
+    if MASKED and left is not None:
         scores = tl.where(distance >= -left, scores, -float("inf"))
-    if right is not None:
+    if MASKED and right is not None:
         scores = tl.where(distance <= right, scores, -float("inf"))
     return scores
 
@@ -346,7 +388,7 @@ def _query_range(n0, T, S, left, right, BLOCK_M: tl.constexpr, BLOCK_N: tl.const
     if left is not None:
         hi = tl.minimum(T, tl.maximum(0, n0 + BLOCK_N - (S - T) + left))
         clear = tl.cdiv(hi, BLOCK_M) * BLOCK_M
-    return lo, clear, hi
+    return lo, tl.minimum(clear, hi), hi
 
 
 # ---- forward: one program for a tile of queries of one head
@@ -354,8 +396,7 @@ def _query_range(n0, T, S, left, right, BLOCK_M: tl.constexpr, BLOCK_N: tl.const
 
 @triton.jit
 def _attend(
-    acc, row_max, row_sum, q,
-    k, v, padding, seed, stride_ks, stride_vs,
+    acc, row_max, row_sum, q, k, v, padding, seed, stride_ks, stride_vs,
     m, row, lo, hi, offset, S, left, right, scale_log2, dropout_p,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -365,16 +406,11 @@ def _attend(
         inside = _keys_inside(padding, n, S, MASKED)
         keys = _load_rows(k, n, stride_ks, inside, D, BLOCK_D)
         scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        if inside is not None:
-            scores = tl.where(inside[None, :], scores, -float("inf"))
-        if MASKED:
-            scores = _window(scores, n[None, :] - m[:, None] - offset, left, right)
+        across = None if inside is None else inside[None, :]
+        scores = _mask(scores, across, n[None, :] - m[:, None] - offset, left, right, MASKED)
         new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
-        shift = new_max
-        if inside is not None:  # a query that has seen no key yet: -inf - -inf would be NaN
-            shift = tl.where(new_max == -float("inf"), 0.0, new_max)
-        probs = tl.exp2(scores * scale_log2 - shift[:, None])
-        alpha = tl.exp2(row_max - shift)
+        probs = tl.exp2(scores * scale_log2 - new_max[:, None])
+        alpha = tl.exp2(row_max - new_max)
         row_sum = row_sum * alpha + tl.sum(probs, 1)
         if seed is not None:
             probs = tl.where(keep(seed, row[:, None], n[None, :], dropout_p), probs, 0.0)
@@ -388,30 +424,20 @@ def _attend(
 def _attention_forward(
     q, k, v, out, lse2,  # [B, T, H, D], [B, S, Hkv, D] twice, [B, T, H, D], float32 [B, H, rows]
     cu_seqlens_q, cu_seqlens_k, padding, seed,  # int32 [B + 1] twice, bool [B, S], int64 [1]; each may be None
+    strides_q, strides_k, strides_v, strides_out, stride_pb,  # three each: of the batch, of rows, of heads
     T, S, rows, H,  # lengths (the longest of several sequences), length of q's second dimension, query heads
-    stride_qb, stride_qt, stride_qh,
-    stride_kb, stride_ks, stride_kh,
-    stride_vb, stride_vs, stride_vh,
-    stride_ob, stride_ot, stride_oh,
-    stride_pb,
     scale, dropout_p, left, right,
     GROUP: tl.constexpr,  # query heads to a key head
     PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(T, BLOCK_M)
-    head = tl.program_id(0) // tiles
-    m0 = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M  # heaviest first: the last queries see most keys
-    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    row = head.to(tl.int64) * T + m0 + tl.arange(0, BLOCK_M)  # of the dropout mask
-    _, first_q, T = _sequence(cu_seqlens_q, b, T)
-    b, first_k, S = _sequence(cu_seqlens_k, b, S)
+    b, h, m0, row, first_q, T, first_k, S = _query_tile(cu_seqlens_q, cu_seqlens_k, T, S, H, BLOCK_M)
     if m0 >= T:
         return
-    q += b * stride_qb + first_q * stride_qt + h * stride_qh
-    k += b * stride_kb + first_k * stride_ks + h // GROUP * stride_kh
-    v += b * stride_vb + first_k * stride_vs + h // GROUP * stride_vh
-    out += b * stride_ob + first_q * stride_ot + h * stride_oh
+    q = _head(q, b, first_q, h, strides_q)
+    k = _head(k, b, first_k, h // GROUP, strides_k)
+    v = _head(v, b, first_k, h // GROUP, strides_v)
+    out = _head(out, b, first_q, h, strides_out)
     lse2 += (b * H + h) * rows + first_q
     if padding is not None:
         padding += b * stride_pb
@@ -419,26 +445,24 @@ def _attention_forward(
         seed = tl.load(seed)
 
     m = m0 + tl.arange(0, BLOCK_M)
-    queries = _load_rows(q, m, stride_qt, m < T, D, BLOCK_D)
+    queries = _load_rows(q, m, strides_q[1], m < T, D, BLOCK_D)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    row_max = tl.full((BLOCK_M,), -3.4e38, tl.float32)  # not -inf: before the first key, -inf - -inf would be NaN
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     lo, clear, hi = _key_range(m0, T, S, left, right, BLOCK_M, BLOCK_N)
-    acc, row_max, row_sum = _attend(
-        acc, row_max, row_sum, queries, k, v, padding, seed, stride_ks, stride_vs,
-        m, row, lo, clear, S - T, S, left, right, scale * LOG2E, dropout_p, False, PRECISION, D, BLOCK_D, BLOCK_N,
-    )  # fmt: skip
-    acc, row_max, row_sum = _attend(
-        acc, row_max, row_sum, queries, k, v, padding, seed, stride_ks, stride_vs,
-        m, row, clear, hi, S - T, S, left, right, scale * LOG2E, dropout_p, True, PRECISION, D, BLOCK_D, BLOCK_N,
-    )  # fmt: skip
+    for edge in tl.static_range(2):  # the keys that every query sees, then those that need a mask
+        acc, row_max, row_sum = _attend(
+            acc, row_max, row_sum, queries, k, v, padding, seed, strides_k[1], strides_v[1],
+            m, row, clear if edge else lo, hi if edge else clear, S - T, S, left, right, scale * LOG2E, dropout_p,
+            edge == 1, PRECISION, D, BLOCK_D, BLOCK_N,
+        )  # fmt: skip
     empty = row_sum == 0.0  # such a query sees no key
     acc *= (1.0 / tl.where(empty, 1.0, row_sum * (1.0 - dropout_p)))[:, None]
-    _store_rows(acc, out, m, stride_ot, m < T, D, BLOCK_D)
+    _store_rows(acc, out, m, strides_out[1], m < T, D, BLOCK_D)
     tl.store(lse2 + m, tl.where(empty, -float("inf"), row_max + tl.log2(row_sum)), mask=m < T)
 
 
-# ---- backward
+# ---- backward, first dQ: one program for a tile of queries of one head
 
 
 @triton.jit
@@ -449,24 +473,46 @@ def _load_lse2(lse2, m, inside):
 
 
 @triton.jit
+def _multiply_rows(
+    x, x_rows, x_stride, x_inside, y, y_rows, y_stride, y_inside,
+    PRECISION: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """X Y^T [BLOCK_M, BLOCK_N] of rows of two [*, D] matrices, CHUNK columns at a time."""
+    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for d0 in range(0, D, CHUNK):
+        x_part = _load_rows(x + d0, x_rows, x_stride, x_inside, D - d0, CHUNK)
+        y_part = _load_rows(y + d0, y_rows, y_stride, y_inside, D - d0, CHUNK)
+        product = tl.dot(x_part, tl.trans(y_part), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
 def _accumulate_dq(
-    acc, q, do, lse2, delta,
-    k, v, padding, seed, stride_ks, stride_vs,
-    m, row, lo, hi, offset, S, left, right, scale_log2, dropout_p,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    acc, queries, do, lse2, delta, q, dout, k, v, padding, seed, stride_qt, stride_dot, stride_ks, stride_vs,
+    m, row, lo, hi, T, S, left, right, scale_log2, dropout_p,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     for n0 in range(lo, hi, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
-        inside = _keys_inside(padding, n, S, MASKED)
+        inside = _keys_inside(padding, n, S, MASKED or CHUNK is not None)
         keys = _load_rows(k, n, stride_ks, inside, D, BLOCK_D)
-        scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        if inside is not None:
-            scores = tl.where(inside[None, :], scores, -float("inf"))
-        if MASKED:
-            scores = _window(scores, n[None, :] - m[:, None] - offset, left, right)
+        if CHUNK is None:
+            scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        else:
+            scores = _multiply_rows(
+                q, m, stride_qt, m < T, k, n, stride_ks, inside, PRECISION, D, CHUNK, BLOCK_M, BLOCK_N
+            )
+        across = None if inside is None else inside[None, :]
+        scores = _mask(scores, across, n[None, :] - m[:, None] - (S - T), left, right, MASKED)
         probs = tl.exp2(scores * scale_log2 - lse2[:, None])
-        values = _load_rows(v, n, stride_vs, inside, D, BLOCK_D)
-        dprobs = tl.dot(do, tl.trans(values), input_precision=PRECISION)
+        if CHUNK is None:
+            values = _load_rows(v, n, stride_vs, inside, D, BLOCK_D)
+            dprobs = tl.dot(do, tl.trans(values), input_precision=PRECISION)
+        else:
+            dprobs = _multiply_rows(
+                dout, m, stride_dot, m < T, v, n, stride_vs, inside, PRECISION, D, CHUNK, BLOCK_M, BLOCK_N
+            )
         if seed is not None:
             kept = keep(seed, row[:, None], n[None, :], dropout_p)
             dprobs = tl.where(kept, dprobs * (1.0 / (1.0 - dropout_p)), 0.0)
@@ -479,33 +525,22 @@ def _accumulate_dq(
 def _attention_backward_dq(
     q, k, v, out, dout, lse2, dlse2, dq, delta,  # as in forward; delta float32 [B, H, rows], written here for dK and dV
     cu_seqlens_q, cu_seqlens_k, padding, seed,
+    strides_q, strides_k, strides_v, strides_out, strides_dout, strides_dq, stride_pb,
     T, S, rows, H,
-    stride_qb, stride_qt, stride_qh,
-    stride_kb, stride_ks, stride_kh,
-    stride_vb, stride_vs, stride_vh,
-    stride_ob, stride_ot, stride_oh,
-    stride_dob, stride_dot, stride_doh,
-    stride_dqb, stride_dqt, stride_dqh,
-    stride_pb,
     scale, dropout_p, left, right,
     GROUP: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,  # columns of a head that S and dP are summed over at a time; None: all, held throughout
 ):  # fmt: skip
-    tiles = tl.cdiv(T, BLOCK_M)
-    head = tl.program_id(0) // tiles
-    m0 = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
-    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    row = head.to(tl.int64) * T + m0 + tl.arange(0, BLOCK_M)
-    _, first_q, T = _sequence(cu_seqlens_q, b, T)
-    b, first_k, S = _sequence(cu_seqlens_k, b, S)
+    b, h, m0, row, first_q, T, first_k, S = _query_tile(cu_seqlens_q, cu_seqlens_k, T, S, H, BLOCK_M)
     if m0 >= T:
         return
-    q += b * stride_qb + first_q * stride_qt + h * stride_qh
-    k += b * stride_kb + first_k * stride_ks + h // GROUP * stride_kh
-    v += b * stride_vb + first_k * stride_vs + h // GROUP * stride_vh
-    out += b * stride_ob + first_q * stride_ot + h * stride_oh
-    dout += b * stride_dob + first_q * stride_dot + h * stride_doh
-    dq += b * stride_dqb + first_q * stride_dqt + h * stride_dqh
+    q = _head(q, b, first_q, h, strides_q)
+    k = _head(k, b, first_k, h // GROUP, strides_k)
+    v = _head(v, b, first_k, h // GROUP, strides_v)
+    out = _head(out, b, first_q, h, strides_out)
+    dout = _head(dout, b, first_q, h, strides_dout)
+    dq = _head(dq, b, first_q, h, strides_dq)
     lse_row = (b * H + h) * rows + first_q
     if padding is not None:
         padding += b * stride_pb
@@ -513,43 +548,48 @@ def _attention_backward_dq(
         seed = tl.load(seed)
 
     m = m0 + tl.arange(0, BLOCK_M)
-    queries = _load_rows(q, m, stride_qt, m < T, D, BLOCK_D)
-    do = _load_rows(dout, m, stride_dot, m < T, D, BLOCK_D)
+    queries = _load_rows(q, m, strides_q[1], m < T, D, BLOCK_D)
+    do = _load_rows(dout, m, strides_dout[1], m < T, D, BLOCK_D)
     row_lse2 = _load_lse2(lse2 + lse_row, m, m < T)
-    row_delta = tl.sum(_load_rows(out, m, stride_ot, m < T, D, BLOCK_D).to(tl.float32) * do.to(tl.float32), 1)
+    row_delta = tl.sum(_load_rows(out, m, strides_out[1], m < T, D, BLOCK_D).to(tl.float32) * do.to(tl.float32), 1)
     if dlse2 is not None:
         row_delta -= tl.load(dlse2 + lse_row + m, mask=m < T, other=0.0) * LOG2E
     tl.store(delta + lse_row + m, row_delta, mask=m < T)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     lo, clear, hi = _key_range(m0, T, S, left, right, BLOCK_M, BLOCK_N)
-    acc = _accumulate_dq(
-        acc, queries, do, row_lse2, row_delta, k, v, padding, seed, stride_ks, stride_vs,
-        m, row, lo, clear, S - T, S, left, right, scale * LOG2E, dropout_p, False, PRECISION, D, BLOCK_D, BLOCK_N,
-    )  # fmt: skip
-    acc = _accumulate_dq(
-        acc, queries, do, row_lse2, row_delta, k, v, padding, seed, stride_ks, stride_vs,
-        m, row, clear, hi, S - T, S, left, right, scale * LOG2E, dropout_p, True, PRECISION, D, BLOCK_D, BLOCK_N,
-    )  # fmt: skip
-    _store_rows(acc * scale, dq, m, stride_dqt, m < T, D, BLOCK_D)
+    for edge in tl.static_range(2):
+        acc = _accumulate_dq(
+            acc, queries, do, row_lse2, row_delta, q, dout, k, v, padding, seed,
+            strides_q[1], strides_dout[1], strides_k[1], strides_v[1],
+            m, row, clear if edge else lo, hi if edge else clear, T, S, left, right, scale * LOG2E, dropout_p,
+            edge == 1, PRECISION, D, CHUNK, BLOCK_D, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    acc = tl.where((row_lse2 < float("inf"))[:, None], acc * scale, 0.0)  # no key seen: no gradient, whatever q holds
+    _store_rows(acc, dq, m, strides_dq[1], m < T, D, BLOCK_D)
+
+
+# ---- backward, then dK and dV: one program for a tile of keys of one key head, over its group of query heads
 
 
 @triton.jit
 def _accumulate_dkv(
-    acc_k, acc_v, keys, values,
-    q, dout, lse2, delta, seed, stride_qt, stride_dot,
+    acc_k, acc_v, keys, values, q, dout, lse2, delta, seed, stride_qt, stride_dot,
     n, row0, lo, hi, offset, T, left, right, scale_log2, dropout_p,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Everything is transposed, so that the keys are the rows of each product."""
     for m0 in range(lo, hi, BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
-        queries = _load_rows(q, m, stride_qt, m < T, D, BLOCK_D)
+        row_lse2 = _load_lse2(lse2, m, m < T)
+        seen = m < T
+        if MASKED:  # 0 * NaN is NaN: what a query that sees no key holds must not reach a product
+            seen = row_lse2 < float("inf")
+        queries = _load_rows(q, m, stride_qt, seen, D, BLOCK_D)
         scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-        if MASKED:
-            scores = _window(scores, n[:, None] - m[None, :] - offset, left, right)
-        probs = tl.exp2(scores * scale_log2 - _load_lse2(lse2, m, m < T)[None, :])
-        do = _load_rows(dout, m, stride_dot, m < T, D, BLOCK_D)
+        scores = _mask(scores, None, n[:, None] - m[None, :] - offset, left, right, MASKED)
+        probs = tl.exp2(scores * scale_log2 - row_lse2[None, :])
+        do = _load_rows(dout, m, stride_dot, seen, D, BLOCK_D)
         dropped = probs
         if seed is not None:
             kept = keep(seed, row0 + m[None, :], n[:, None], dropout_p)
@@ -558,23 +598,17 @@ def _accumulate_dkv(
         dprobs = tl.dot(values, tl.trans(do), input_precision=PRECISION)
         if seed is not None:
             dprobs = tl.where(kept, dprobs * (1.0 / (1.0 - dropout_p)), 0.0)
-        dscores = probs * (dprobs - tl.load(delta + m, mask=m < T, other=0.0)[None, :])
+        dscores = probs * (dprobs - tl.load(delta + m, mask=seen, other=0.0)[None, :])
         acc_k = tl.dot(dscores.to(queries.dtype), queries, acc_k, input_precision=PRECISION)
     return acc_k, acc_v
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _attention_backward_dkv(
-    q, k, v, dout, lse2, delta, dk, dv,  # one program for a tile of keys of one key head, over its group of query heads
+    q, k, v, dout, lse2, delta, dk, dv,
     cu_seqlens_q, cu_seqlens_k, padding, seed,
+    strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv, stride_pb,
     T, S, rows, H,
-    stride_qb, stride_qt, stride_qh,
-    stride_kb, stride_ks, stride_kh,
-    stride_vb, stride_vs, stride_vh,
-    stride_dob, stride_dot, stride_doh,
-    stride_dkb, stride_dks, stride_dkh,
-    stride_dvb, stride_dvs, stride_dvh,
-    stride_pb,
     scale, dropout_p, left, right,
     GROUP: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -589,10 +623,6 @@ def _attention_backward_dkv(
     b, first_k, S = _sequence(cu_seqlens_k, b, S)
     if n0 >= S:
         return
-    k += b * stride_kb + first_k * stride_ks + h_kv * stride_kh
-    v += b * stride_vb + first_k * stride_vs + h_kv * stride_vh
-    dk += b * stride_dkb + first_k * stride_dks + h_kv * stride_dkh
-    dv += b * stride_dvb + first_k * stride_dvs + h_kv * stride_dvh
     if padding is not None:
         padding += b * stride_pb
     if seed is not None:
@@ -600,64 +630,59 @@ def _attention_backward_dkv(
 
     n = n0 + tl.arange(0, BLOCK_N)
     inside = _keys_inside(padding, n, S, True)
-    keys = _load_rows(k, n, stride_ks, inside, D, BLOCK_D)
-    values = _load_rows(v, n, stride_vs, inside, D, BLOCK_D)
+    keys = _load_rows(_head(k, b, first_k, h_kv, strides_k), n, strides_k[1], inside, D, BLOCK_D)
+    values = _load_rows(_head(v, b, first_k, h_kv, strides_v), n, strides_v[1], inside, D, BLOCK_D)
     acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     acc_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     lo, clear, hi = _query_range(n0, T, S, left, right, BLOCK_M, BLOCK_N)
     for g in range(GROUP):
         h = h_kv * GROUP + g
-        head_q = q + b * stride_qb + first_q * stride_qt + h * stride_qh
-        head_dout = dout + b * stride_dob + first_q * stride_dot + h * stride_doh
         lse_row = (b * H + h) * rows + first_q
-        acc_k, acc_v = _accumulate_dkv(
-            acc_k, acc_v, keys, values, head_q, head_dout, lse2 + lse_row, delta + lse_row, seed, stride_qt, stride_dot,
-            n, first_row + g * longest, lo, tl.minimum(clear, hi), S - T, T, left, right, scale * LOG2E, dropout_p,
-            True, PRECISION, D, BLOCK_D, BLOCK_M,
-        )  # fmt: skip
-        acc_k, acc_v = _accumulate_dkv(
-            acc_k, acc_v, keys, values, head_q, head_dout, lse2 + lse_row, delta + lse_row, seed, stride_qt, stride_dot,
-            n, first_row + g * longest, clear, hi, S - T, T, left, right, scale * LOG2E, dropout_p,
-            False, PRECISION, D, BLOCK_D, BLOCK_M,
-        )  # fmt: skip
+        for clear_of_edges in tl.static_range(2):
+            acc_k, acc_v = _accumulate_dkv(
+                acc_k, acc_v, keys, values,
+                _head(q, b, first_q, h, strides_q), _head(dout, b, first_q, h, strides_dout),
+                lse2 + lse_row, delta + lse_row, seed, strides_q[1], strides_dout[1],
+                n, first_row + g * longest, clear if clear_of_edges else lo, hi if clear_of_edges else clear,
+                S - T, T, left, right, scale * LOG2E, dropout_p,
+                clear_of_edges == 0, PRECISION, D, BLOCK_D, BLOCK_M,
+            )  # fmt: skip
     # K of a padded slot was read as 0, so its P is not 0: its gradients are
     acc_k = tl.where(inside[:, None], acc_k * scale, 0.0)
     acc_v = tl.where(inside[:, None], acc_v, 0.0)
-    _store_rows(acc_k, dk, n, stride_dks, n < S, D, BLOCK_D)
-    _store_rows(acc_v, dv, n, stride_dvs, n < S, D, BLOCK_D)
+    _store_rows(acc_k, _head(dk, b, first_k, h_kv, strides_dk), n, strides_dk[1], n < S, D, BLOCK_D)
+    _store_rows(acc_v, _head(dv, b, first_k, h_kv, strides_dv), n, strides_dv[1], n < S, D, BLOCK_D)
 
 
 # ---- launchers
-
-
-def _strides(*tensors: Tensor | None) -> tuple[int, ...]:
-    """Batch, length and head strides of each [B, T, H, D] tensor."""
-    return tuple(stride for x in tensors if x is not None for stride in x.stride()[:3])
 
 
 def _rows_contiguous(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
-def _constants(kernel: str, q: Tensor, k: Tensor, dropout: bool) -> dict[str, int | str | bool]:
-    D, group = q.shape[-1], q.shape[2] // k.shape[2]
-    row = config(kernel, _triton.target(q.device), q.dtype, D, group, dropout)
-    return {
-        "GROUP": group,
-        "PRECISION": _triton.dot_precision(),
-        "D": D,
-        "BLOCK_D": max(16, triton.next_power_of_2(D)),
-        "BLOCK_M": row.block_m,
-        "BLOCK_N": row.block_n,
-        "num_warps": row.num_warps,
-        "num_stages": row.num_stages,
-        "enable_fp_fusion": True,
-    }
+def _launch(kernel: str, q: Tensor, k: Tensor, tensors: tuple, strided: tuple[Tensor, ...], how: tuple) -> None:
+    """Runs one of ``KERNELS``. tensors: its first arguments; strided: those of them whose strides it takes."""
+    cu_seqlens_q, cu_seqlens_k, T, S, scale, left, right, dropout_p, seed, padding = how
+    cu_seqlens_q, cu_seqlens_k, padding = (_rows_contiguous(x) for x in (cu_seqlens_q, cu_seqlens_k, padding))
+    B, rows, H, D = q.shape
+    Hkv = k.shape[2]
+    row = config(kernel, _triton.target(q.device), q.dtype, D, H // Hkv, seed is not None, padding is not None)
+    tiles = triton.cdiv(S, row.block_n) * Hkv if kernel == "backward_dkv" else triton.cdiv(T, row.block_m) * H
+    sequences = B if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+    with _triton.on(q):
+        KERNELS[kernel][(tiles * sequences,)](
+            *tensors, cu_seqlens_q, cu_seqlens_k, padding, seed,
+            *(x.stride()[:3] for x in strided), 0 if padding is None else padding.stride(0),
+            T, S, rows, H, scale, dropout_p, left, right,
+            GROUP=H // Hkv, PRECISION=_triton.dot_precision(),
+            D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_M=row.block_m, BLOCK_N=row.block_n,
+            **({"CHUNK": row.chunk} if kernel == "backward_dq" else {}),
+            num_warps=row.num_warps, num_stages=row.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
 
 
-def _forward(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, left, right, dropout_p, seed, padding
-):
+def _forward(q, k, v, *how):
     """(O [B, T, H, D], log2(e) * LSE float32 [B, H, T]). With cu_seqlens, B is 1 and T, S are the totals."""
     B, rows, H = q.shape[:3]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -665,49 +690,29 @@ def _forward(
     if q.numel() == 0 or k.numel() == 0:
         return out.zero_(), lse2.fill_(-math.inf)
     q, k, v = (_rows_contiguous(x) for x in (q, k, v))
-    cu_seqlens_q, cu_seqlens_k, padding = (_rows_contiguous(x) for x in (cu_seqlens_q, cu_seqlens_k, padding))
-    constants = _constants("forward", q, k, seed is not None)
-    sequences = B if cu_seqlens_q is None else len(cu_seqlens_q) - 1
-    grid = (triton.cdiv(max_seqlen_q, constants["BLOCK_M"]) * sequences * H,)
-    with _triton.on(q):
-        _attention_forward[grid](
-            q, k, v, out, lse2, cu_seqlens_q, cu_seqlens_k, padding, seed, max_seqlen_q, max_seqlen_k, rows, H,
-            *_strides(q, k, v, out), 0 if padding is None else padding.stride(0),
-            scale, dropout_p, left, right, **constants,
-        )  # fmt: skip
+    _launch("forward", q, k, (q, k, v, out, lse2), (q, k, v, out), how)
     return out, lse2
 
 
-def _backward(
-    dout, dlse2, q, k, v, out, lse2, dq, dk, dv,
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, left, right, dropout_p, seed, padding,
-):  # fmt: skip
+def _backward(dout, dlse2, q, k, v, out, lse2, dq, dk, dv, how):
     """Writes dq, dk, dv, which are shaped like q, k, v and have rows of stride 1."""
     if q.numel() == 0 or k.numel() == 0:
         for gradient in (dq, dk, dv):
             gradient.zero_()
         return
-    B, rows, H = q.shape[:3]
     q, k, v, dout = (_rows_contiguous(x) for x in (q, k, v, dout))
-    cu_seqlens_q, cu_seqlens_k, padding = (_rows_contiguous(x) for x in (cu_seqlens_q, cu_seqlens_k, padding))
     dlse2 = None if dlse2 is None else dlse2.contiguous()
     delta = torch.empty(lse2.shape, dtype=torch.float32, device=q.device)
-    sequences = B if cu_seqlens_q is None else len(cu_seqlens_q) - 1
-    optional = (cu_seqlens_q, cu_seqlens_k, padding, seed, max_seqlen_q, max_seqlen_k, rows, H)
-    scalars = (0 if padding is None else padding.stride(0), scale, dropout_p, left, right)
-    with _triton.on(q):
-        constants = _constants("backward_dq", q, k, seed is not None)
-        grid = (triton.cdiv(max_seqlen_q, constants["BLOCK_M"]) * sequences * H,)
-        _attention_backward_dq[grid](
-            q, k, v, out, dout, lse2, dlse2, dq, delta, *optional,
-            *_strides(q, k, v, out, dout, dq), *scalars, **constants,
-        )  # fmt: skip
-        constants = _constants("backward_dkv", q, k, seed is not None)
-        grid = (triton.cdiv(max_seqlen_k, constants["BLOCK_N"]) * sequences * k.shape[2],)
-        _attention_backward_dkv[grid](
-            q, k, v, dout, lse2, delta, dk, dv, *optional,
-            *_strides(q, k, v, dout, dk, dv), *scalars, **constants,
-        )  # fmt: skip
+    tensors = (q, k, v, out, dout, lse2, dlse2, dq, delta)
+    _launch("backward_dq", q, k, tensors, (q, k, v, out, dout, dq), how)
+    _launch("backward_dkv", q, k, (q, k, v, dout, lse2, delta, dk, dv), (q, k, v, dout, dk, dv), how)
+
+
+KERNELS = {
+    "forward": _attention_forward,
+    "backward_dq": _attention_backward_dq,
+    "backward_dkv": _attention_backward_dkv,
+}
 
 
 # ---- registration: three operators without autograd of their own, and two autograd functions over them
@@ -725,7 +730,7 @@ _library.define(f"attention_backward_qkvpacked({SAVED}, Tensor qkv, {HOW}) -> Te
 
 def _backward_separate(dout, dlse2, out, lse2, q, k, v, *how):
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    _backward(dout, dlse2, q, k, v, out, lse2, dq, dk, dv, *how)
+    _backward(dout, dlse2, q, k, v, out, lse2, dq, dk, dv, how)
     return dq, dk, dv
 
 
@@ -733,7 +738,7 @@ def _backward_packed(dout, dlse2, out, lse2, qkv, *how):
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     q, k, v = qkv.unbind(2)
     dq, dk, dv = dqkv.unbind(2)
-    _backward(dout, dlse2, q, k, v, out, lse2, dq, dk, dv, *how)
+    _backward(dout, dlse2, q, k, v, out, lse2, dq, dk, dv, how)
     return dqkv
 
 
@@ -845,10 +850,9 @@ def _cannot(q: Tensor, softmax_scale: float) -> str | None:
     """Why our kernels cannot take a call; None if they can."""
     if reason := _triton.why_not(q):
         return reason
-    most = max_head_dim(q.dtype, bool(torch.version.hip)) if q.is_cuda else 256
-    if q.shape[-1] > most:
-        return f"head dim {q.shape[-1]} is above {most}, the most in {q.dtype} on this device"
-    if not softmax_scale > 0:
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"head dim {q.shape[-1]} is above {MAX_HEAD_DIM}"
+    if softmax_scale <= 0:
         return f"softmax_scale must be above 0, got {softmax_scale}"
     return None
 
@@ -886,7 +890,7 @@ def _how(q, T, S, window, softmax_scale, dropout_p, padding=None, cu_seqlens_q=N
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, how: Sequence) -> tuple[Tensor, Tensor]:
     """(O, log2(e) * LSE) by our kernels, with what backward needs only where a gradient is wanted."""
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if wants_grad(q, k, v):
         if torch.compiler.is_compiling():  # it refuses one tensor in two places, as x, x, x or one cu_seqlens for both
             q, k, v, *how = (x.view_as(x) if isinstance(x, Tensor) else x for x in (q, k, v, *how))
         return _Attention.apply(q, k, v, *how)
@@ -894,7 +898,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, how: Sequence) -> tuple[Tensor, Tens
 
 
 def _flash_qkvpacked(qkv: Tensor, how: tuple) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and qkv.requires_grad:
+    if wants_grad(qkv):
         return _AttentionQKVPacked.apply(qkv, *how)
     return torch.ops.gptfast.attention_forward.default(*qkv.unbind(2), *how)
 
@@ -912,12 +916,12 @@ def _attention(
     return_lse: bool,
     deterministic: bool | None,
     backend: str,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | Any:
     _check(q, k, v, window_size, dropout_p)
     T, S = q.shape[1], k.shape[1]
-    padding = None if key_padding_mask is None else _as_mask(key_padding_mask, k)
+    padding = _as_mask(key_padding_mask, k)
     window = _window_of(causal, window_size)
-    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
+    scale = _scale_of(q, softmax_scale)
     plain = padding is None and window in ((None, None), (None, 0)) and (T == S or not causal) and not return_lse
     chosen = _choose("flash_attention", q, scale, plain, deterministic, backend)
     if chosen == "torch" and not return_lse:
@@ -930,18 +934,6 @@ def _attention(
     return (out, lse.float()) if return_lse else out
 
 
-@overload
-def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., softmax_scale: float | None = ...,
-    dropout_p: float = ..., key_padding_mask: Tensor | None = ..., window_size: Window = ...,
-    return_lse: Literal[False] = ..., deterministic: bool | None = ..., backend: str = ...,
-) -> Tensor: ...  # fmt: skip
-@overload
-def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., softmax_scale: float | None = ...,
-    dropout_p: float = ..., key_padding_mask: Tensor | None = ..., window_size: Window = ...,
-    return_lse: Literal[True], deterministic: bool | None = ..., backend: str = ...,
-) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -955,14 +947,14 @@ def flash_attention(
     return_lse: bool = False,
     deterministic: bool | None = None,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | Any:
     """Attention of queries ``q`` over keys ``k`` and values ``v``.
 
     Args:
         q: [B, T, H, D], floating point. Under autocast q, k and v are cast to its dtype.
         k, v: [B, S, Hkv, D], q's dtype. H must be a multiple of Hkv.
         causal: query t sees keys up to t + S - T.
-        softmax_scale: 1 / sqrt(D) if None.
+        softmax_scale: any finite number; 1 / sqrt(D) if None.
         dropout_p: probability of zeroing an attention weight, in [0, 1). Pass 0 outside training.
         key_padding_mask: bool [B, S], True where the key takes part; or integer [B], how many of the first keys do.
             What the other slots hold, NaN included, has no effect.
@@ -977,8 +969,8 @@ def flash_attention(
         the Triton kernels once: to differentiate their gradients is an error.
 
     Raises:
-        ValueError: a shape, a device, ``dropout_p`` or ``window_size`` is not accepted. TypeError: a dtype is not, or
-        dtypes differ. RuntimeError: the backend asked for cannot run, or not deterministically.
+        ValueError: a shape, a device, ``softmax_scale``, ``dropout_p`` or ``window_size`` is not accepted. TypeError: a
+        dtype is not, or dtypes differ. RuntimeError: the backend asked for cannot run, or not deterministically.
     """
     q, k, v = _triton.autocast(q, k, v)
     return _attention(
@@ -987,18 +979,6 @@ def flash_attention(
     )  # fmt: skip
 
 
-@overload
-def flash_attention_qkvpacked(
-    qkv: Tensor, *, causal: bool = ..., softmax_scale: float | None = ...,
-    dropout_p: float = ..., key_padding_mask: Tensor | None = ..., window_size: Window = ...,
-    return_lse: Literal[False] = ..., deterministic: bool | None = ..., backend: str = ...,
-) -> Tensor: ...  # fmt: skip
-@overload
-def flash_attention_qkvpacked(
-    qkv: Tensor, *, causal: bool = ..., softmax_scale: float | None = ...,
-    dropout_p: float = ..., key_padding_mask: Tensor | None = ..., window_size: Window = ...,
-    return_lse: Literal[True], deterministic: bool | None = ..., backend: str = ...,
-) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def flash_attention_qkvpacked(
     qkv: Tensor,
     *,
@@ -1010,7 +990,7 @@ def flash_attention_qkvpacked(
     return_lse: bool = False,
     deterministic: bool | None = None,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | Any:
     """``flash_attention`` of a packed projection qkv [B, T, 3, H, D], read in place; its gradient is one tensor too."""
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv must be [B, T, 3, H, D], got shape {list(qkv.shape)}")
@@ -1022,20 +1002,6 @@ def flash_attention_qkvpacked(
     )  # fmt: skip
 
 
-@overload
-def flash_attention_varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
-    *, causal: bool = ..., softmax_scale: float | None = ...,
-    dropout_p: float = ..., window_size: Window = ...,
-    return_lse: Literal[False] = ..., deterministic: bool | None = ..., backend: str = ...,
-) -> Tensor: ...  # fmt: skip
-@overload
-def flash_attention_varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
-    *, causal: bool = ..., softmax_scale: float | None = ...,
-    dropout_p: float = ..., window_size: Window = ...,
-    return_lse: Literal[True], deterministic: bool | None = ..., backend: str = ...,
-) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def flash_attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -1052,7 +1018,7 @@ def flash_attention_varlen(
     return_lse: bool = False,
     deterministic: bool | None = None,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | Any:
     """Attention over sequences laid end to end, each seeing only itself.
 
     Args:
@@ -1074,7 +1040,7 @@ def flash_attention_varlen(
             raise ValueError(f"{name} must be [total, heads, head dim], got shape {list(x.shape)}")
     _check(q[None], k[None], v[None], window_size, dropout_p)
     window = _window_of(causal, window_size)
-    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
+    scale = _scale_of(q, softmax_scale)
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if cu.ndim != 1 or len(cu) == 0 or len(cu) != len(cu_seqlens_q):
             raise ValueError(f"{name} must be [B + 1], the same for q and k, got shape {list(cu.shape)}")
@@ -1130,8 +1096,8 @@ def attention_probs(
     _check(q, k, k, window_size, 0.0)
     if lse.shape != (q.shape[0], q.shape[2], q.shape[1]):
         raise ValueError(f"lse must be [B, H, T] = {[q.shape[0], q.shape[2], q.shape[1]]}, got {list(lse.shape)}")
-    padding = None if key_padding_mask is None else _as_mask(key_padding_mask, k)
-    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
+    padding = _as_mask(key_padding_mask, k)
+    scale = _scale_of(q, softmax_scale)
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = _scores(q.to(wide), k.to(wide), _window_of(causal, window_size), scale, padding)
     return _probs(scores, lse).to(q.dtype)
@@ -1152,8 +1118,18 @@ def _window_of(causal: bool, window_size: Window) -> Window:
     return (window_size[0], 0) if causal else window_size
 
 
-def _as_mask(key_padding_mask: Tensor, k: Tensor) -> Tensor:
-    """bool [B, S], of a mask or of lengths."""
+def _scale_of(q: Tensor, softmax_scale: float | None) -> float:
+    if softmax_scale is None:
+        return 1 / math.sqrt(q.shape[-1])
+    if not -math.inf < softmax_scale < math.inf:
+        raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
+    return softmax_scale
+
+
+def _as_mask(key_padding_mask: Tensor | None, k: Tensor) -> Tensor | None:
+    """bool [B, S], of a mask or of lengths; None of None."""
+    if key_padding_mask is None:
+        return None
     B, S = k.shape[:2]
     if key_padding_mask.device != k.device:
         raise ValueError(f"key_padding_mask is on {key_padding_mask.device}, but k is on {k.device}")

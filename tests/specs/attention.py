@@ -35,7 +35,9 @@ def case(name: str, D: int, dtype: torch.dtype, targets: tuple[str, ...] = TARGE
         expected = {}
         for name, kernel in KERNELS.items():
             group = 12 // how.get("Hkv", 12)
-            row = attention.config(kernel, target, dtype, D, group, how.get("dropout", False))
+            row = attention.config(
+                kernel, target, dtype, D, group, how.get("dropout", False), how.get("padding", False)
+            )
             matrix = dtype != torch.float32 and (row.matrix or True)
             bounds = {"registers": row.registers, "blocks": row.blocks} if exact else {"registers": 512}
             expected[name] = Expect(matrix=matrix, **bounds)
@@ -45,23 +47,36 @@ def case(name: str, D: int, dtype: torch.dtype, targets: tuple[str, ...] = TARGE
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
-CUDA = tuple(target for target in TARGETS if target.startswith("cuda"))
+HOPPER = ("cuda:90",)
+ALL = {"dropout": True, "padding": True, "left": 100}
 CASES = [
     case("64", 64, BF16, exact=True),
     case("128", 128, BF16, exact=True),
-    case("256", 256, BF16, CUDA, exact=True),
+    case("256", 256, BF16, exact=True),
     case("64 float32", 64, FP32, exact=True),
+    case("128 float32", 128, FP32, exact=True),
+    case("256 float32", 256, FP32, exact=True),
     case("64 dropout", 64, BF16, dropout=True),
     case("128 dropout", 128, BF16, dropout=True),
-    case("256 dropout", 256, BF16, CUDA, dropout=True),
-    case("64 padding", 64, BF16, ("cuda:90",), padding=True),
-    case("64 window", 64, BF16, ("cuda:90",), left=100),
-    case("64 varlen", 64, BF16, ("cuda:90",), varlen=True, B=1),
-    case("64 grouped heads", 64, BF16, ("cuda:90",), Hkv=3),
-    case("40", 40, BF16, ("cuda:90",)),
+    case("256 dropout", 256, BF16, dropout=True),
+    case("64 padding", 64, BF16, HOPPER, padding=True),
+    case("64 window", 64, BF16, HOPPER, left=100),
+    case("64 varlen", 64, BF16, HOPPER, varlen=True, B=1),
+    case("64 grouped heads", 64, BF16, HOPPER, Hkv=3),
+    case("64 dropout padding window", 64, BF16, **ALL),
+    case("128 dropout padding window", 128, BF16, **ALL),
+    case("256 dropout padding window", 256, BF16, **ALL),
+    case("64 float32 dropout padding window", 64, FP32, **ALL),
+    case("80 float32 dropout padding window", 80, FP32, **ALL),
+    case("256 float32 dropout padding window", 256, FP32, **ALL),
+    case("64 dropout padding", 64, BF16, dropout=True, padding=True),
+    case("64 dropout varlen", 64, BF16, dropout=True, varlen=True, B=1),
+    case("64 dropout grouped heads", 64, BF16, dropout=True, Hkv=3),
+    case("40", 40, BF16, HOPPER),
     case("64 on a small SM", 64, BF16, ("cuda:86",)),
     case("128 on a small SM", 128, BF16, ("cuda:86",)),
     case("256 on a small SM", 256, BF16, ("cuda:86",)),
+    case("256 float32 on a small SM", 256, FP32, ("cuda:86",)),
 ]
 ONE_EACH = dict.fromkeys(KERNELS, 1)
 SWEEPS = [
@@ -77,15 +92,15 @@ def mutant(name: str, tests: str, old: str, new: str, file: str = FILE) -> Mutan
 
 
 MUTANTS = [
-    mutant("strides of heads dropped", "layouts", "x.stride()[:3])", "(*x.stride()[:2], x.shape[-1]))"),
+    mutant("strides of heads dropped", "layouts", "x.stride()[:3] for x", "(*x.stride()[:2], x.shape[-1]) for x"),
     mutant("strides of rows dropped", "qkvpacked", "[:, None] * stride + d\n    if", "[:, None] * D + d\n    if"),
     mutant(
         "scale ignored in forward",
         "softmax_scale",
-        "tl.exp2(scores * scale_log2 - shift[:, None])",
-        "tl.exp2(scores - shift[:, None])",
+        "tl.exp2(scores * scale_log2 - new_max[:, None])",
+        "tl.exp2(scores - new_max[:, None])",
     ),
-    mutant("scale ignored in dQ", "softmax_scale", "_store_rows(acc * scale,", "_store_rows(acc,"),
+    mutant("scale ignored in dQ", "softmax_scale", "acc * scale, 0.0)", "acc, 0.0)"),
     mutant("scale ignored in dK", "softmax_scale", "acc_k * scale, 0.0)", "acc_k, 0.0)"),
     mutant("causal mask off by one", "test_lengths", "tl.where(distance <= right", "tl.where(distance <= right + 1"),
     mutant("window off by one", "test_windows", "tl.where(distance >= -left", "tl.where(distance > -left"),
@@ -125,17 +140,17 @@ MUTANTS = [
     mutant(
         "LSE not subtracted in dK and dV",
         "several_tiles",
-        "scale_log2 - _load_lse2(lse2, m, m < T)[None, :])",
+        "scale_log2 - row_lse2[None, :])",
         "scale_log2)",
     ),
     mutant("LSE's gradient dropped", "lse_and_its", "mask=m < T, other=0.0) * LOG2E", "mask=m < T, other=0.0) * 0.0"),
     mutant(
         "running maximum not carried",
         "several_tiles",
-        "alpha = tl.exp2(row_max - shift)",
-        "alpha = tl.exp2(shift - shift)",
+        "alpha = tl.exp2(row_max - new_max)",
+        "alpha = tl.exp2(new_max - new_max)",
     ),
-    mutant("delta dropped from dK", "several_tiles", "tl.load(delta + m, mask=m < T, other=0.0)[None, :]", "0.0"),
+    mutant("delta dropped from dK", "several_tiles", "tl.load(delta + m, mask=seen, other=0.0)[None, :]", "0.0"),
     mutant(
         "32-bit offsets within a tile",
         "beyond_32",
@@ -149,15 +164,21 @@ MUTANTS = [
         "kept = keep(seed, row[:, None], n[None, :], dropout_p)",
         "kept = keep(seed + 1, row[:, None], n[None, :], dropout_p)",
     ),
-    mutant("dropout rows differ in dK and dV", "varlen", "first_row + g * longest, lo, tl", "first_row + g, lo, tl"),
+    mutant("dropout rows differ in dK and dV", "varlen", "first_row + g * longest, clear", "first_row + g, clear"),
     mutant("dropout not made up for", "test_dropout", "row_sum * (1.0 - dropout_p)", "row_sum"),
     mutant("sequences mixed up", "varlen", "tl.load(cu_seqlens + b + 1) - first", "tl.load(cu_seqlens + b + 1)"),
     mutant(
         "rows beyond the end written",
         "lengths or properties",
-        "m, stride_ot, m < T, D, BLOCK_D)\n    tl.store(lse2",
-        "m, stride_ot, m < T + 1, D, BLOCK_D)\n    tl.store(lse2",
+        "m, strides_out[1], m < T, D, BLOCK_D)\n    tl.store(lse2",
+        "m, strides_out[1], m < T + 1, D, BLOCK_D)\n    tl.store(lse2",
     ),
+    mutant(
+        "columns beyond the head dim", "head_dims", "y_stride, y_inside, D - d0, CHUNK", "y_stride, y_inside, D, CHUNK"
+    ),
+    mutant("query that sees no key, in dQ", "sees_no_key", 'tl.where((row_lse2 < float("inf"))', "tl.where((m < T)"),
+    mutant("query that sees no key, in dK and dV", "sees_no_key", 'seen = row_lse2 < float("inf")', "seen = m < T"),
+    mutant("running maximum starts at -inf", "bottom_right or padding", "-3.4e38", '-float("inf")'),
     mutant(
         "second order passes in silence",
         "second_order",
