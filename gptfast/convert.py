@@ -1,4 +1,5 @@
 """Weights from before PyTorch, read as PyTorch state dicts: TensorFlow's ``tf_model.h5`` and OpenAI's ``params_*.npy``.
+TensorFlow's are written too, by ``save_tensorflow``.
 
 Both readers give CPU tensors under HuggingFace's keys, checked for completeness; a damaged file is a ValueError that
 names it. Whether the tensors fit a model is ``checkpoint``'s business.
@@ -10,6 +11,8 @@ numbers TensorFlow gave.
 
 import json
 import math
+import os
+import tempfile
 import tokenize
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# What Keras calls an instance of HuggingFace's TF class, by the name of ours.
+_TENSORFLOW_MODELS = {
+    "OpenAIGPTModel": "tf_open_aigpt_model",
+    "OpenAIGPTLMHeadModel": "tf_open_aigptlm_head_model",
+    "OpenAIGPTDoubleHeadsModel": "tf_open_aigpt_double_heads_model",
+    "OpenAIGPTForSequenceClassification": "tf_open_aigpt_for_sequence_classification",
+}
 _TENSORFLOW_LEAVES = {"kernel": "weight", "embeddings": "weight", "gamma": "weight", "beta": "bias"}
 
 # A block's tensors in the order of OpenAI's files.
@@ -88,6 +98,67 @@ def from_tensorflow(name: str, tensor: Tensor) -> tuple[str, Tensor]:
     elif leaf == "bias":
         tensor = tensor.reshape(-1)  # Conv1D's is [1, out]
     return ".".join([*path, _TENSORFLOW_LEAVES.get(leaf, leaf)]), tensor
+
+
+def save_tensorflow(model: Any, folder: str | os.PathLike) -> None:
+    """Writes config.json and tf_model.h5 as HuggingFace's TF class of the model's name has them, in float32.
+
+    That class computes the exact (erf) GELU whatever ``config.afn`` says: its numbers are those of ``afn="gelu_erf"``.
+
+    Args:
+        model: one of gptfast's or transformers' OpenAI GPT models.
+        folder: made if need be.
+
+    Raises:
+        TypeError: ``model`` is of no class that TensorFlow had. ValueError: its LM head is not tied, as TensorFlow's
+        always is. ImportError: h5py is not installed.
+    """
+    kind = type(model).__name__
+    if kind not in _TENSORFLOW_MODELS:
+        raise TypeError(f"model must be one of {', '.join(_TENSORFLOW_MODELS)}, got {kind}")
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError('tf_model.h5 needs h5py: pip install "gptfast-kernels[convert]"') from error
+    state_dict = model.state_dict()
+    head = state_dict.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, state_dict["transformer.tokens_embed.weight"]):
+        raise ValueError("model has an LM head of its own: TensorFlow's classes have none but the token table")
+
+    layers: dict[str, dict[str, np.ndarray]] = {}
+    for key, tensor in state_dict.items():
+        if "transformer." not in key and kind == "OpenAIGPTModel":
+            key = f"transformer.{key}"
+        name, array = _to_tensorflow(key, tensor)
+        layers.setdefault(key.partition(".")[0], {})[f"{_TENSORFLOW_MODELS[kind]}/{name}"] = array
+
+    path = Path(folder) / "tf_model.h5"
+    model.config.save_pretrained(folder)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as aside:
+        with h5py.File(Path(aside) / path.name, "w") as file:
+            file.attrs["backend"], file.attrs["layer_names"] = "tensorflow", list(layers)
+            file.create_group("top_level_model_weights").attrs["weight_names"] = []
+            for layer, variables in layers.items():
+                group = file.create_group(layer)
+                group.attrs["weight_names"] = list(variables)
+                for name, array in variables.items():
+                    group[name] = array
+        (Path(aside) / path.name).replace(path)
+
+
+def _to_tensorflow(key: str, tensor: Tensor) -> tuple[str, np.ndarray]:
+    """``from_tensorflow``'s inverse: ``transformer.h.0.ln_1.weight`` -> ``transformer/h_._0/ln_1/gamma:0``."""
+    *path, leaf = key.split(".")
+    if path[-1] in ("ln_1", "ln_2"):
+        leaf = {"weight": "gamma", "bias": "beta"}[leaf]
+    elif path[-1] == "positions_embed":
+        leaf = "embeddings"
+    elif path[0] != "transformer" and leaf == "weight":
+        leaf, tensor = "kernel", tensor.t()
+    elif path[0] == "transformer" and leaf == "bias":
+        tensor = tensor[None]
+    name = "/".join([*path, leaf]).replace("/h/", "/h_._")
+    return f"{name}:0", tensor.detach().float().cpu().contiguous().numpy()
 
 
 # -- OpenAI -----------------------------------------------------------------------------------------------------
