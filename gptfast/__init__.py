@@ -8,6 +8,7 @@ from gptfast_kernels import get_default_backend, set_default_backend, use_backen
 from .cache import KVCache
 from .config import OpenAIGPTConfig
 from .explain import explain
+from .graphs import capture
 from .heads import OpenAIGPTDoubleHeadsModel, OpenAIGPTForSequenceClassification, OpenAIGPTLMHeadModel
 from .model import OpenAIGPTModel
 from .outputs import OpenAIGPTDoubleHeadsModelOutput
@@ -29,6 +30,7 @@ __all__ = [
     "OpenAIGPTPreTrainedModel",
     "OpenAIGPTTokenizer",
     "OpenAIGPTTokenizerFast",
+    "capture",
     "explain",
     "get_default_backend",
     "set_default_backend",

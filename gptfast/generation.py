@@ -121,10 +121,10 @@ class Decoder:
         self.stops = zeros(V, dtype=torch.bool)
         self.stops[list(how.stops)] = True
 
+    @torch.inference_mode()
     def start(self, prompts: Sequence[Tensor], seeds: Sequence[int]) -> None:
         """Makes ready for B prompts, each int64 [T_b]. A row's draws depend on its seed alone."""
-        if self.cache is not None:
-            self.cache.reset()
+        self.hold(0)
         self.count.zero_()
         self.alive.fill_(1)
         self.running.fill_(True)
@@ -138,12 +138,21 @@ class Decoder:
             for seen, prompt in zip(self.seen, prompts, strict=True):
                 seen[prompt] = True
 
+    def hold(self, seqlens: int | Tensor) -> None:
+        """Says how many positions of each row the cache holds."""
+        if self.cache is not None:
+            self.cache.seqlens = seqlens
+
+    def release(self) -> None:
+        """Behind the last token of a generation."""
+
     @torch.inference_mode()
     def run(self, ids: Tensor, cache: KVCache | None) -> Tensor:
         """The body's last hidden state [B, T, C] of ids [B, T] behind what the cache holds."""
         settings = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
         return self.body(ids, past_key_values=cache, use_cache=False, **settings).last_hidden_state
 
+    @torch.inference_mode()
     def reread(self, rows: list[int], windows: list[Tensor]) -> None:
         """Forgets what ``rows`` hold and reads ``windows`` instead, tokens [T] of each."""
         assert self.cache is not None
@@ -435,14 +444,15 @@ class GenerationMixin:
         self, prompts: list[Tensor], how: Settings, N: int, seeds: Sequence[int], use_cache: bool, look_every: int
     ) -> Iterator[Tensor]:
         """prompts: each row's tokens, int64 [T_b]."""
+        from . import graphs  # which decodes by what is above
+
         P = self.config.n_positions  # type: ignore[attr-defined]
-        B, lengths = len(prompts), [len(prompt) for prompt in prompts]
-        device = prompts[0].device
+        B, lengths, device = len(prompts), [len(prompt) for prompt in prompts], prompts[0].device
         starts = [_window_start(n, P) for n in lengths]  # of what each row sees
         held = [n - start for n, start in zip(lengths, starts, strict=True)]
         seqlens: int | Tensor = held[0] if len(set(held)) == 1 else torch.tensor(held, device=device)
         S = min(max(lengths) + N, P) if use_cache else None
-        decoder = Decoder(self, B, S, N, how)
+        decoder = Decoder(self, B, S, N, how) if S is None else graphs.decoder(self, B, S, N, how)
         decoder.start(prompts, seeds)
 
         def window(row: int, start: int, count: int) -> Tensor:
@@ -460,29 +470,31 @@ class GenerationMixin:
             """The count of tokens made at which a row will have no room for the newest."""
             return min(P + 1 + start - n for start, n in zip(starts, lengths, strict=True))
 
-        full = next_full()
-        decoder.choose(read(0))
-        if decoder.cache is not None:
-            decoder.cache.seqlens = seqlens  # padding behind a row's prompt is overwritten
-        shown = 0
-        for count in range(1, N + 1):
-            if count - shown == look_every or count == N:
-                valid = int(decoder.alive) if how.stops else N
-                yield decoder.made[:, shown : min(count, valid)].clone()
-                shown = count
-                if valid <= count or count == N:
-                    return
-            if count == full:  # a row has no room for its newest token
-                slid = [row for row, n in enumerate(lengths) if n + count - starts[row] > P]
-                for row in slid:
-                    starts[row] = _window_start(lengths[row] + count, P)
+        try:
+            full = next_full()
+            decoder.choose(read(0))
+            decoder.hold(seqlens)  # padding behind a row's prompt is overwritten
+            shown = 0
+            for count in range(1, N + 1):
+                if count - shown == look_every or count == N:
+                    valid = int(decoder.alive) if how.stops else N
+                    yield decoder.made[:, shown : min(count, valid)].clone()
+                    shown = count
+                    if valid <= count or count == N:
+                        return
+                if count == full:  # a row has no room for its newest token
+                    slid = [row for row, n in enumerate(lengths) if n + count - starts[row] > P]
+                    for row in slid:
+                        starts[row] = _window_start(lengths[row] + count, P)
+                    if decoder.cache is not None:
+                        decoder.reread(slid, [window(row, starts[row], count)[:-1] for row in slid])
+                    full = next_full()
                 if decoder.cache is not None:
-                    decoder.reread(slid, [window(row, starts[row], count)[:-1] for row in slid])
-                full = next_full()
-            if decoder.cache is not None:
-                decoder.step()
-            else:
-                decoder.choose(read(count))
+                    decoder.step()
+                else:
+                    decoder.choose(read(count))
+        finally:
+            decoder.release()
 
     def _check_prompt(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         """The mask as bool [B, T], or None where nothing is masked."""

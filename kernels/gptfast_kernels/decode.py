@@ -178,6 +178,34 @@ def splits(S: int, programs: int, device: torch.device) -> int:
 # ---- kernels
 
 
+@triton.jit
+def _attend(
+    acc, row_max, row_sum, queries, last,  # [BLOCK_M, BLOCK_D]; [BLOCK_M] twice; [BLOCK_M, BLOCK_D]; [BLOCK_M]
+    k, v, first, stride_k, stride_v,  # of the key at position ``first``
+    lo, hi, scale_log2,
+    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the keys at positions lo … hi - 1, of which a query sees those up to ``last``."""
+    d = tl.arange(0, BLOCK_D)[None, :]
+    for n0 in range(lo, hi, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        row = (n - first).to(tl.int64)[:, None]
+        inside = (n < hi)[:, None] & (d < D)
+        keys = tl.load(k + row * stride_k + d, mask=inside, other=0.0)  # [BLOCK_N, BLOCK_D]
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        visible = (n < hi)[None, :] & (n[None, :] <= last[:, None])
+        scores = tl.where(visible, scores * scale_log2, -float("inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        shift = tl.where(new_max == -float("inf"), 0.0, new_max)  # no key yet: -inf - -inf would be NaN
+        probs = tl.exp2(scores - shift[:, None])
+        alpha = tl.exp2(row_max - shift)
+        row_sum = row_sum * alpha + tl.sum(probs, 1)
+        values = tl.load(v + row * stride_v + d, mask=inside, other=0.0)
+        acc = tl.dot(probs.to(values.dtype), values, acc * alpha[:, None], input_precision=PRECISION)
+        row_max = new_max
+    return acc, row_max, row_sum
+
+
 @triton.jit(do_not_specialize=["T", "S", "Hkv", "seqlen"])
 def _decode_kernel(
     q, k_cache, v_cache, k, v,  # [B, T, H, D], [B, S, Hkv, D] twice, [B, T, Hkv, D] twice or None
@@ -231,29 +259,19 @@ def _decode_kernel(
     part = tl.cdiv(tl.cdiv(total, tl.num_programs(1)), BLOCK_N) * BLOCK_N
     lo = tl.program_id(1) * part
     hi = tl.minimum(total, lo + part)
+    last = tl.full((BLOCK_M,), total - 1, tl.int32)
     if CAUSAL:
+        last = total - T + m // GROUP
         hi = tl.minimum(hi, total - T + (tile * BLOCK_M + BLOCK_M - 1) // GROUP + 1)
-    for n0 in range(lo, hi, BLOCK_N):
-        n = (n0 + tl.arange(0, BLOCK_N)).to(tl.int64)
-        inside = (n < total)[:, None] & (d < D)[None, :]
-        key, value = k_cache + n * stride_kcs, v_cache + n * stride_vcs
-        if k is not None:
-            key = tl.where(n < held, key, k + (n - held) * stride_kt)
-            value = tl.where(n < held, value, v + (n - held) * stride_vt)
-        keys = tl.load(key[:, None] + d[None, :], mask=inside, other=0.0)  # [BLOCK_N, BLOCK_D]
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        visible = (n < total)[None, :]
-        if CAUSAL:
-            visible = visible & (n[None, :] <= (total - T + t)[:, None])
-        scores = tl.where(visible, scores * scale_log2, -float("inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        shift = tl.where(new_max == -float("inf"), 0.0, new_max)  # no key yet: -inf - -inf would be NaN
-        probs = tl.exp2(scores - shift[:, None])
-        alpha = tl.exp2(row_max - shift)
-        row_sum = row_sum * alpha + tl.sum(probs, 1)
-        values = tl.load(value[:, None] + d[None, :], mask=inside, other=0.0)
-        acc = tl.dot(probs.to(values.dtype), values, acc * alpha[:, None], input_precision=PRECISION)
-        row_max = new_max
+    acc, row_max, row_sum = _attend(
+        acc, row_max, row_sum, queries, last, k_cache, v_cache, 0, stride_kcs, stride_vcs,
+        lo, tl.minimum(hi, held), scale_log2, PRECISION, D, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
+    if k is not None:  # few, so in small tiles
+        acc, row_max, row_sum = _attend(
+            acc, row_max, row_sum, queries, last, k, v, held, stride_kt, stride_vt,
+            tl.maximum(lo, held), hi, scale_log2, PRECISION, D, BLOCK_D, 16,
+        )  # fmt: skip
 
     acc *= (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
     row = (b * T + t) * (Hkv * GROUP) + heads
