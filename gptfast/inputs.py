@@ -1,11 +1,13 @@
 """What a forward pass checks before any work. An error names the argument, its value and what is accepted.
 
 Shapes are checked everywhere. Values are checked on a CPU; reading them back from a GPU costs a synchronisation, so
-there an id out of range is a device-side assertion, as in torch.nn.Embedding, unless GPTFAST_CHECK_IDS=1.
+there an id out of range is a device-side assertion, as in torch.nn.Embedding, unless GPTFAST_CHECK_IDS=1. Sizes are
+multiplied by math.prod: torch.Size.numel would fix them where torch.export leaves them open.
 
 Shapes: B rows (every choice counts), T new positions, S all positions with the cached ones, H heads, C width.
 """
 
+import math
 import os
 
 import torch
@@ -77,7 +79,7 @@ def check_text(
         check_ids("input_ids", input_ids, len(table))
     if token_type_ids is not None:
         check_tensor("token_type_ids", token_type_ids)
-        if token_type_ids.shape[-1:] != (T,) or token_type_ids.numel() not in (T, shape.numel()):
+        if token_type_ids.shape[-1:] != (T,) or math.prod(token_type_ids.shape) not in (T, math.prod(shape)):
             raise ValueError(f"token_type_ids must be {list(shape)} or [{T}], got shape {list(token_type_ids.shape)}")
         check_ids("token_type_ids", token_type_ids, len(table))
     return shape
@@ -108,7 +110,7 @@ def check_position_ids(position_ids: Tensor | None, shape: torch.Size, n_positio
     if position_ids is None:
         return None
     check_tensor("position_ids", position_ids)
-    B, T = shape[:-1].numel(), shape[-1]
+    B, T = math.prod(shape[:-1]), shape[-1]
     if position_ids.shape not in ((T,), (1, T), (B, T), shape):
         raise ValueError(f"position_ids must be [{B}, {T}], [1, {T}] or [{T}], got shape {list(position_ids.shape)}")
     check_ids("position_ids", position_ids, n_positions)
@@ -123,7 +125,7 @@ def key_padding_mask(attention_mask: Tensor | None, shape: torch.Size, held: int
     if attention_mask is None:
         return None
     check_tensor("attention_mask", attention_mask)
-    B, S = shape[:-1].numel(), held + shape[-1]
+    B, S = math.prod(shape[:-1]), held + shape[-1]
     if attention_mask.shape not in ((B, S), (1, S), (*shape[:-1], S)):
         raise ValueError(f"attention_mask must be [{B}, {S}], got shape {list(attention_mask.shape)}")
     mask = attention_mask.reshape(-1, S).expand(B, S) >= 1
@@ -150,7 +152,7 @@ def check_cache(
     """
     if not isinstance(cache, KVCache):
         raise TypeError(f"past_key_values must be a gptfast.KVCache, got {type(cache).__name__}")
-    B, T = shape[:-1].numel(), shape[-1]
+    B, T = math.prod(shape[:-1]), shape[-1]
     L, rows, S, *heads = cache.k.shape
     ours = [config.n_layer, config.n_head, config.n_embd // config.n_head]
     if [L, *heads] != ours:
