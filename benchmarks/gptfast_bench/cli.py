@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
     cuda = args.device.startswith("cuda")
     profile = suite.profiles(cuda)[args.profile]
     most = len(suite.usable_cpus())
-    threads = args.threads or min(most, torch.get_num_threads())
+    threads = min(most, torch.get_num_threads()) if args.threads is None else args.threads
     if not 1 <= threads <= most:
         raise ValueError(f"--threads must be from 1 to {most}, the CPUs that this process may use, got {threads}")
     if not 0 <= args.first < len(profile.cells):

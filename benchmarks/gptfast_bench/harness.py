@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 TOLERANCE = {"float32": 2e-4, "bfloat16": 4e-2, "float16": 5e-3}
 FLUSH_BYTES = 2**30  # more than any L2 cache, and longer to write than a launch takes Python
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 # -- cells and providers ------------------------------------------------------------------------------------------
@@ -262,7 +263,8 @@ def run_cell(
     """
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # it keeps few variants of a function, and other cells have compiled theirs
-    task: Task = importlib.import_module(f"{__package__}.{cell.op}").task(cell, settings)
+    module = cell.op if "." in cell.op else f"{__package__}.{cell.op}"  # with a dot: an op from outside the suite
+    task: Task = importlib.import_module(module).task(cell, settings)
     baseline, names = choose(list(task.providers), settings.baselines)
     rows: dict[str, Row] = {}
     contenders: dict[str, Contender] = {}
@@ -280,7 +282,8 @@ def run_cell(
             "baseline": baseline,
         }
         rows[name] = row
-        try:
+
+        def first_call(name: str = name, row: Row = row) -> tuple[Contender, Sequence[Tensor]]:
             if any(part in name for part in cell.without):
                 raise Unavailable("left out, for it takes this profile too long: --profile full has it")
             contender = task.providers[name]()
@@ -288,25 +291,23 @@ def run_cell(
             out = (contender.results or contender.run)()
             _synchronize(settings.device)
             row["first_call_ms"] = 1e3 * (time.perf_counter() - started)
-            results = contender.judge(out)
-            if contender.results is not None and contender.metrics is None:
-                contender.run()  # its own first call, which may compile again
-                _synchronize(settings.device)
-        except Unavailable as why:
-            row |= {"status": "unavailable", "reason": str(why)}
+            return contender, contender.judge(out)
+
+        ready = _attempt(first_call, row, settings)
+        if ready is None:
             continue
-        except RuntimeError as error:  # a backend that refuses the shape, or memory that does not suffice
-            row |= {"status": "unavailable", "reason": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
-            _synchronize(settings.device)  # raises where the device is lost, so that another process goes on
-            continue
+        contender, results = ready
         expected = expected or list(task.expected())
         row["tolerance"] = contender.tolerance or TOLERANCE[cell.dtype]
         row["error"] = error_of(results, expected)
-        del out, results
+        del ready, results
         if row["error"] > row["tolerance"]:
             row |= {"status": "wrong", "reason": f"off by {row['error']:.1e}, {row['tolerance']:.0e} is accepted"}
-        else:
-            row["status"] = "ok"
+            continue
+        row["status"] = "ok"
+        if contender.results is not None and contender.metrics is None:
+            _attempt(contender.run, row, settings)  # its own first call, which may compile again
+        if row["status"] == "ok":
             contenders[name] = contender
     expected.clear()
 
@@ -333,6 +334,19 @@ def run_cell(
             "computes_in": contender.computes_in or cell.dtype
         }
     return list(rows.values())
+
+
+def _attempt(call: Callable[[], T], row: Row, settings: Settings) -> T | None:
+    """What ``call`` returns; None where it cannot run, which the row says then."""
+    try:
+        return call()
+    except Unavailable as why:
+        row |= {"status": "unavailable", "reason": str(why)}
+    except RuntimeError as error:  # a backend that refuses the shape, or memory that does not suffice
+        first, *_ = str(error).strip().split("\n")
+        row |= {"status": "unavailable", "reason": f"{type(error).__name__}: {first}"}
+        _synchronize(settings.device)  # raises where the device is lost, so that another process goes on
+    return None
 
 
 def choose(names: Sequence[str], baselines: Sequence[str]) -> tuple[str, list[str]]:

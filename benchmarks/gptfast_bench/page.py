@@ -245,7 +245,7 @@ def roofline_pictures(rows: Sequence[Row], limits: Limits, kind: str) -> list[st
             ours = row["status"] == "ok" and row["provider"] == "gptfast" and row["dtype"] == dtype
             if ours and row.get("flops") and row.get("bytes"):
                 where = (row["flops"] / row["bytes"], 1e12 * row["tflop_s"])
-                points.setdefault(f"{row['op']} {row['mode']}", []).append(where)
+                points.setdefault(row["op"], []).append(where)
         if not points:
             continue
         places = [place for group in points.values() for place in group]
@@ -274,11 +274,12 @@ def roofline_pictures(rows: Sequence[Row], limits: Limits, kind: str) -> list[st
 def parts_pictures(rows: Sequence[Row]) -> list[str]:
     """Where a forward pass spends its time: one bar a provider, a picture a cell."""
     pictures = []
-    for key, cell in cells_of(row for row in rows if row.get("parts")).items():
+    for cell in cells_of(row for row in rows if row.get("parts")).values():
         names = [name for name in cell[0]["parts"] if any(row["parts"][name] > 0 for row in cell)]
         longest = max(sum(row["parts"].values()) for row in cell)
         height = 40 + 44 * len(cell) + 26 + 17 * ((len(names) + 1) // 2)
-        parts = _open(f"Where a forward pass spends its time: {key}", height)
+        B, T = (cell[0]["shape"][name] for name in ("B", "T"))
+        parts = _open(f"Where a forward pass of {B} x {T} tokens spends its time, {cell[0]['dtype']}", height)
         left, room = 132, WIDTH - 132 - 70
         for index, row in enumerate(cell):
             top, at = 38 + 44 * index, float(left)

@@ -132,7 +132,7 @@ def _notes(row: Row) -> str:
     elif row.get("peak_mib"):
         notes.append(f"{row['peak_mib']:,.0f} MiB")
     if "parts" in row:
-        notes += [f"{part} {ms:.1f} ms" for part, ms in row["parts"].items()]
+        notes += [f"{part} {significant(ms, 2)} ms" for part, ms in row["parts"].items()]
     return ", ".join(filter(None, notes))
 
 

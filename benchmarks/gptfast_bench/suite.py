@@ -5,6 +5,7 @@ process goes on. The report is written anew behind every cell, so a run that is 
 ``--resume`` goes on behind it.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -332,10 +333,16 @@ class _Worker:
 
     def end(self) -> None:
         if self.process is not None:
+            assert self.process.stdin is not None
+            assert self.process.stdout is not None
             self.process.kill()
             self.process.wait()
-            self.process = None
+            self.reader.join()  # which finds the end of the pipe
+            self.process.stdout.close()
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
             self.words.close()
+            self.process = None
 
     def _start(self, limits: Sequence[str]) -> None:
         path = os.pathsep.join(map(os.path.abspath, sys.path))
@@ -353,17 +360,16 @@ class _Worker:
             cwd=Path(__file__).parents[1],  # "python -m" finds modules there, and the caller's folder may hold any
         )
         self.events = queue.Queue()
-        threading.Thread(target=_forward, args=(self.process.stdout, self.events), daemon=True).start()
+        self.reader = threading.Thread(target=_forward, args=(self.process.stdout, self.events), daemon=True)
+        self.reader.start()
         self._say({"settings": dataclasses.asdict(self.settings), "limits": list(limits)})
 
     def _say(self, what: dict[str, Any]) -> None:
         assert self.process is not None
         assert self.process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which listening will find
             self.process.stdin.write(json.dumps(what) + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:  # it has ended, which listening will find
-            pass
 
     def _listen(self) -> Iterator[dict[str, Any]]:
         """Its events, until it ends or keeps silent."""

@@ -1,0 +1,147 @@
+"""The benchmark suite's gate, clock and limits; and that every op and mode agrees with float64, at a toy's size."""
+
+import dataclasses
+import math
+import random
+
+import pytest
+import torch
+
+from gptfast_bench import normalization, suite
+from gptfast_bench.harness import Cell, Contender, Limits, Settings, choose, error_of, noise_of, run_cell, time_in_turn
+from tests.support import DEVICE
+
+SETTINGS = Settings(rounds=2, seconds=0.0, least=1, baselines=("torch eager", "SDPA", "transformers", "hand-made SDPA"))
+SMOKE = suite.profiles(cuda=False)["smoke"].cells
+OPS = "tests.support.bench_ops"
+
+
+def by_provider(rows):
+    return {row["provider"]: row for row in rows}
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU would time its own backend; make gpu does")
+@pytest.mark.parametrize("cell", [c for c in SMOKE if c.mode not in ("memory", "start")], ids=lambda cell: cell.key)
+def test_every_op_and_mode_passes_its_gate(cell):
+    if cell.op == "model":
+        pytest.importorskip("transformers", reason="the baseline of the model's cells")
+    rows = by_provider(run_cell(cell, SETTINGS))
+    assert len(rows) > 1
+    assert "gptfast" in rows
+    for row in rows.values():
+        assert row["status"] == "ok", row
+        assert row["error"] <= row["tolerance"]
+        assert {"ms", "host_us", "parts"} & set(row)
+
+
+def test_a_wrong_kernel_is_caught_and_never_timed(monkeypatch):
+    """1 % off, which a tolerance of a few bfloat16 roundings would let through in float32."""
+    timed = []
+    right = normalization.layer_norm
+
+    def wrong(*args, **how):
+        timed.append(1)
+        return right(*args, **how) * 1.01
+
+    monkeypatch.setattr(normalization, "layer_norm", wrong)
+    cell = next(c for c in SMOKE if c.op == "normalization" and c.mode == "backward")
+    rows = by_provider(run_cell(cell, SETTINGS))
+    assert rows["gptfast"]["status"] == "wrong"
+    assert "off by 1" in rows["gptfast"]["reason"]
+    assert "ms" not in rows["gptfast"]
+    assert len(timed) == 1  # by the gate
+    assert rows["torch eager"]["status"] == "ok"
+
+
+def test_a_coarse_or_unwritten_row_counts_however_many_are_right():
+    exact = torch.randn(1000, 8, dtype=torch.float64)
+    one = exact.clone()
+    one[7] = 0
+    assert error_of([exact], [exact]) == 0
+    assert error_of([one], [exact]) > 0.2
+    one[7] = torch.nan
+    assert error_of([one], [exact]) == math.inf
+    assert error_of([exact.float()], [exact]) < 1e-7
+    with pytest.raises(ValueError, match="results must have the shape"):
+        error_of([exact[:5]], [exact])
+    with pytest.raises(ValueError, match="results must be 2 tensors"):
+        error_of([exact], [exact, exact])
+
+
+def test_a_row_near_zero_is_held_to_the_others_length():
+    exact = torch.ones(4, 8, dtype=torch.float64)
+    exact[0] = 0
+    assert error_of([exact + 1e-7], [exact]) < 1e-6
+
+
+def test_providers_that_cannot_run_say_why():
+    cell = Cell(OPS, "forward", "float32", {"providers": ["right", "absent", "refusing", "wrong"]})
+    rows = by_provider(run_cell(cell, dataclasses.replace(SETTINGS, baselines=())))
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "right": "ok",
+        "absent": "unavailable",
+        "refusing": "unavailable",
+        "wrong": "wrong",
+    }
+    assert rows["absent"]["reason"] == "it is not installed"
+    assert rows["refusing"]["reason"] == "RuntimeError: No available kernel."
+    assert rows["right"]["rounds"] == 1
+    assert rows["right"]["gb_s"] == pytest.approx(96 / rows["right"]["ms"] / 1e6)
+    assert all(row["baseline"] == "right" for row in rows.values())
+
+
+def test_what_a_profile_leaves_out_is_a_row():
+    cell = Cell(OPS, "forward", "float32", {"providers": ["right", "wrong"]}, without=("wro",))
+    rows = by_provider(run_cell(cell, dataclasses.replace(SETTINGS, baselines=())))
+    assert rows["wrong"]["status"] == "unavailable"
+    assert "left out" in rows["wrong"]["reason"]
+
+
+def test_calls_are_timed_in_turn_each_round_from_another_one():
+    order = []
+    samples = time_in_turn({name: lambda name=name: _slow(order, name) for name in "abc"}, rounds=3)
+    assert order == list("abcbcacab")
+    assert all(len(taken) == 3 for taken in samples.values())
+    samples = time_in_turn({"a": lambda: _slow([], "a")}, rounds=50, seconds=0.0, least=2)
+    assert len(samples["a"]) == 2
+
+
+def _slow(order, name):
+    order.append(name)
+    torch.randn(600, 600) @ torch.randn(600, 600)  # above the millisecond that needs no repeats
+    torch.randn(600, 600) @ torch.randn(600, 600)
+
+
+def test_noise_is_what_a_provider_differs_from_itself():
+    draw = random.Random(1)
+    steady = [10 + draw.gauss(0, 0.01) for _ in range(30)]
+    shaky = [10 + draw.gauss(0, 2) for _ in range(30)]
+    assert noise_of([5.0] * 10) == 0
+    assert noise_of(steady) < 0.01 < 0.05 < noise_of(shaky)
+    assert noise_of(steady) == noise_of(list(steady))
+    assert noise_of([4.0, 5.0]) == pytest.approx(0.25)
+    assert noise_of([4.0]) is None
+
+
+def test_baselines_choose_what_runs_beside_ours():
+    names = ["eager", "compile", "gptfast", "gptfast torch.compile"]
+    assert choose(names, ()) == ("eager", names)
+    assert choose(names, ("compile",)) == ("compile", ["compile", "gptfast"])
+    assert choose(names, ("compile", "eager"))[0] == "compile"
+    assert choose(["eager", "gptfast tile 1", "gptfast tile 2"], ("none",))[1] == ["gptfast tile 1", "gptfast tile 2"]
+
+
+def test_shares_of_the_limits():
+    limits = Limits(copy_gb_s=10.0, read_gb_s=20.0, matmul_tflop_s={"float32": 0.1})
+    row = {"ms": 2.0, "bytes": 20e6, "flops": 50e6, "tflop_s": 0.025, "computes_in": "float32"}
+    assert limits.share(row) == (pytest.approx(0.5), "memory")  # 1 ms to read, 0.5 ms to compute
+    assert limits.flop_share(row) == pytest.approx(0.25)
+    assert limits.share(row | {"flops": 200e6}) == (pytest.approx(1.0), "arithmetic")
+    assert limits.share(row | {"computes_in": "int8"})[1] == "memory"
+    assert limits.share({"ms": 2.0}) is None
+
+
+def test_a_contender_defaults_to_its_output():
+    out = torch.ones(2)
+    assert Contender(lambda: out).judge(out) == [out]
+    assert list(Contender(lambda: out).judge((out, out))) == [out, out]
