@@ -32,15 +32,16 @@ class PackedContext(AttentionContext):
 class PackedAttention(Attention):
     """Attention over sequences laid end to end, each of which sees only itself."""
 
-    def attend(self, qkv: Tensor, context: AttentionContext, layer: int) -> tuple[Tensor, Tensor | None]:
-        """qkv [1, total, 3, H, D] -> [1, total, H, D]."""
+    def forward(self, x: Tensor, context: AttentionContext, layer: int) -> tuple[Tensor, Tensor | None]:
+        """x [1, total, C] -> (projected attention [1, total, C], None)."""
         assert isinstance(context, PackedContext)
         assert context.cu_seqlens is not None
+        _, total, C = x.shape
+        q, k, v = self.c_attn(x).view(total, 3, self.n_head, C // self.n_head).unbind(1)
         starts, longest = context.cu_seqlens, context.max_seqlen
         dropout_p = self.dropout_p if self.training else 0.0
-        q, k, v = qkv[0].unbind(1)
         a = flash_attention_varlen(q, k, v, starts, starts, longest, longest, dropout_p=dropout_p)
-        return a[None], None
+        return self.c_proj(a.reshape(1, total, C)), None
 
 
 def _run_packed(block: Any, x: Tensor, context: PackedContext, layer: int) -> Tensor:
