@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +19,28 @@ def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def wants_grad(*tensors: Tensor | None) -> bool:
-    """Whether a gradient may flow to any of the tensors. Without one, an op skips its autograd function."""
+def wants_grad(*tensors: Tensor | None, transforms: tuple[str, ...] = ()) -> bool:
+    """Whether a gradient may flow to any of the tensors. Without one, an op skips its autograd function.
+
+    Raises where a transform of ``torch.func`` not among ``transforms``, or forward-mode differentiation, is under way:
+    the operators below an autograd function would pass for constants there, silently.
+    """
+    if not torch.compiler.is_compiling():
+        level = torch._C._functorch.peek_interpreter_stack()
+        if level is not None and level.key().name not in transforms:
+            raise RuntimeError(
+                f"torch.func's {level.key().name} cannot pass this backend; backend='reference' takes it"
+            )
+        if torch.autograd.forward_ad._current_level >= 0:
+            raise RuntimeError("forward-mode differentiation cannot pass this backend; backend='reference' takes it")
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def apart(*arguments: Any) -> tuple:
+    """The arguments of an autograd function, as ``torch.compile`` takes them: no tensor in two places."""
+    if not torch.compiler.is_compiling():
+        return arguments
+    return tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in arguments)
 
 
 def first_order(op: str) -> Callable[[Callable], Callable]:

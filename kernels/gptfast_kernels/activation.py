@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _dispatch, _triton
-from ._autograd import as_rows, contiguous, first_order, wants_grad
+from ._autograd import apart, as_rows, contiguous, first_order, wants_grad
 from ._triton import tl, triton
 
 APPROXIMATIONS = ("tanh", "none")
@@ -320,7 +320,7 @@ def gelu(x: Tensor, *, bias: Tensor | None = None, approximate: str = "tanh", ba
     cannot = _triton.why_not(x) or (None if bias is None else _triton.why_not(bias))
     backend = _dispatch.select("gelu", backend, cannot)
     if backend == "triton":
-        return _Gelu.apply(x, bias, approximate) if wants_grad(x, bias) else _forward_op(x, bias, approximate)
+        return _Gelu.apply(*apart(x, bias, approximate)) if wants_grad(x, bias) else _forward_op(x, bias, approximate)
     if backend == "reference":
         return gelu_reference(x, bias=bias, approximate=approximate)
     return F.gelu(x if bias is None else x + bias, approximate=approximate)

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _dispatch, _philox, _triton
-from ._autograd import wants_grad
+from ._autograd import apart, wants_grad
 from ._philox import keep
 from ._triton import tl, triton
 
@@ -890,16 +890,14 @@ def _how(q, T, S, window, softmax_scale, dropout_p, padding=None, cu_seqlens_q=N
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, how: Sequence) -> tuple[Tensor, Tensor]:
     """(O, log2(e) * LSE) by our kernels, with what backward needs only where a gradient is wanted."""
-    if wants_grad(q, k, v):
-        if torch.compiler.is_compiling():  # it refuses one tensor in two places, as x, x, x or one cu_seqlens for both
-            q, k, v, *how = (x.view_as(x) if isinstance(x, Tensor) else x for x in (q, k, v, *how))
-        return _Attention.apply(q, k, v, *how)
+    if wants_grad(q, k, v, transforms=("Grad",)):
+        return _Attention.apply(*apart(q, k, v, *how))
     return torch.ops.gptfast.attention_forward.default(q, k, v, *how)
 
 
 def _flash_qkvpacked(qkv: Tensor, how: tuple) -> tuple[Tensor, Tensor]:
-    if wants_grad(qkv):
-        return _AttentionQKVPacked.apply(qkv, *how)
+    if wants_grad(qkv, transforms=("Grad",)):
+        return _AttentionQKVPacked.apply(*apart(qkv, *how))
     return torch.ops.gptfast.attention_forward.default(*qkv.unbind(2), *how)
 
 

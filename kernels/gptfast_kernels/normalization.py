@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _dispatch, _philox, _triton
-from ._autograd import as_rows, contiguous, first_order, wants_grad
+from ._autograd import apart, as_rows, contiguous, first_order, wants_grad
 from ._triton import tl, triton
 
 
@@ -507,7 +507,7 @@ def layer_norm(
         seed = _philox.draw_seed(x.device) if dropout_p else None
         args = (x, residual, weight, bias, seed, dropout_p, eps, prenorm, dtype)
         if wants_grad(x, residual, weight, bias):
-            return _LayerNorm.apply(*args)
+            return _LayerNorm.apply(*apart(*args))
         y, u, _ = _forward_op(*args)
     elif backend == "reference":
         y, u = layer_norm_reference(x, weight, bias, residual=residual, dropout_p=dropout_p, eps=eps)

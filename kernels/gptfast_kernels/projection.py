@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _dispatch, _triton
-from ._autograd import as_rows, contiguous, first_order, wants_grad
+from ._autograd import apart, as_rows, contiguous, first_order, wants_grad
 from ._triton import tl, triton
 from .activation import check_gelu, gelu_of, gelu_reference
 
@@ -213,7 +213,7 @@ def linear_gelu(
     if backend == "triton":
         x, weight, *rest = _triton.autocast(x, weight, *(() if bias is None else (bias,)))
         args = (x, weight, rest[0] if rest else None, approximate)
-        return _LinearGelu.apply(*args) if wants_grad(*args[:3]) else _op(*args, False)[0]
+        return _LinearGelu.apply(*apart(*args)) if wants_grad(*args[:3]) else _op(*args, False)[0]
     if backend == "reference":
         return linear_gelu_reference(x, weight, bias, approximate=approximate)
     return F.gelu(F.linear(x, weight, bias), approximate=approximate)
