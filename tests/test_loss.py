@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gptfast_kernels import linear_cross_entropy, loss
 from tests.support import DEVICE
@@ -289,6 +290,17 @@ def test_second_derivatives_are_refused(reduction):
             torch.autograd.grad(op(reduction=reduction)(backend, **tensors).sum(), tensors["weight"], create_graph=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_sums_of_chunks_on_a_gpu_are_products_that_torch_takes(dtype):
+    """On tensors that are none, for which torch checks what it would on a GPU; addmm with out_dtype is refused here."""
+    with FakeTensorMode():
+        a, b = (torch.empty(7, n, dtype=dtype, device="cuda") for n in (50, 24))
+        total = torch.empty(50, 24, device="cuda")
+        loss._accumulate(total, a.t(), b)
+        assert total.is_cuda
+        assert total.dtype == torch.float32
+
+
 MEMORY = """
 import re, sys, torch
 from gptfast_kernels import linear_cross_entropy
@@ -340,6 +352,7 @@ def test_peak_memory_is_a_tenth(reduction):
         (IndexError, "target contains 7; accepted are 0 to 6 and ignore_index=-100", {"target": torch.full((2, 3), 7)}),
         (ValueError, r"hidden must be \[..., 5\] to fit weight \[7, 5\]", {"hidden": torch.zeros(2, 3, 4)}),
         (ValueError, r"bias must have shape \[7\]", {"bias": torch.zeros(5)}),
+        (ValueError, r"weight must have at least one row, got shape \[0, 5\]", {"weight": torch.zeros(0, 5)}),
         (TypeError, "weight is torch.bfloat16, but hidden is torch.float32", {"weight": torch.zeros(7, 5).bfloat16()}),
         (ValueError, "shift=True needs", {"hidden": torch.zeros(5), "target": torch.tensor(0), "shift": True}),
         (

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _dispatch, _philox, _triton
-from ._autograd import as_rows, first_order, wants_grad
+from ._autograd import apart, as_rows, first_order, wants_grad
 from ._triton import tl, triton
 
 
@@ -336,10 +336,14 @@ class _Embedding(torch.autograd.Function):
                 ids = torch.cat([ids, token_type_ids.flatten()])
             grads[0] = _backward_op(dy, *ids.sort(stable=True), seed, ctx.dropout_p, *ctx.tables[0])
         if ctx.needs_input_grad[2]:
-            if position_ids is None:
-                position_ids = torch.arange(input_ids.shape[-1], device=dy.device)
-            ids = position_ids.flatten().repeat(input_ids.numel() // max(1, position_ids.numel()))
-            grads[1] = _backward_op(dy, *ids.sort(stable=True), seed, ctx.dropout_p, *ctx.tables[1])
+            if position_ids is None:  # 0 … T - 1 for each sequence: a transposition sorts them
+                order = torch.arange(input_ids.numel(), device=dy.device).view(input_ids.shape)
+                order = order.movedim(-1, 0).flatten()
+                ids = order % input_ids.shape[-1]
+            else:
+                ids = position_ids.flatten().repeat(input_ids.numel() // max(1, position_ids.numel()))
+                ids, order = ids.sort(stable=True)
+            grads[1] = _backward_op(dy, ids, order, seed, ctx.dropout_p, *ctx.tables[1])
         return None, *grads, None, None, None, None
 
 
@@ -413,7 +417,7 @@ def embedding(
     if _dispatch.select("embedding", backend, cannot) == "triton":
         seed = _philox.draw_seed(token_weight.device) if dropout_p else None
         args = (input_ids, token_weight, position_weight, position_ids, token_type_ids, seed, dropout_p)
-        return _Embedding.apply(*args) if wants_grad(token_weight, position_weight) else _forward_op(*args)
+        return _Embedding.apply(*apart(*args)) if wants_grad(token_weight, position_weight) else _forward_op(*args)
     return embedding_reference(
         input_ids,
         token_weight,

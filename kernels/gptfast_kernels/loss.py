@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _dispatch, _triton
-from ._autograd import first_order, wants_grad
+from ._autograd import apart, first_order, wants_grad
 from ._triton import tl, triton
 from .projection import check_linear, linear_dtype
 
@@ -61,7 +61,7 @@ ROW = Config(block=4096, warps=8)
 
 # Bytes of logits in a chunk, and the fewest rows that keep the matmuls at full speed.
 # 16 MiB, 256 rows: the fastest at V = 4096 and within 10 % of it at V = 40,478, of 128 to 2048 rows (2 cores).
-# 128 MiB on a GPU: each chunk reads and writes the float32 dweight once (124 MB for GPT-1), so few chunks. Not timed.
+# 128 MiB on a GPU: each chunk makes a float32 product of dweight's size (124 MB for GPT-1), so few chunks. Not timed.
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
 MIN_ROWS = 256
 # Rows of logits start at multiples of this many elements: one of 40,478 bfloat16 ends off 16 bytes, and makes for
@@ -209,9 +209,9 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
     """``total += a @ b``, where total may be float32 and a, b half precision."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-    elif total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    elif a.dtype == torch.float16:  # the sum over a chunk's rows may pass its 65504
+    elif total.is_cuda and not torch.version.hip:  # addmm, which could add too, took no float32 total at first
+        total += torch.mm(a, b, out_dtype=total.dtype)
+    elif total.is_cuda or a.dtype == torch.float16:  # float16: the sum over a chunk's rows may pass its 65504
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
     else:
         total += a @ b
@@ -321,6 +321,8 @@ def linear_cross_entropy(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     check_linear("hidden", hidden, weight, bias)
+    if len(weight) == 0:
+        raise ValueError(f"weight must have at least one row, got shape {list(weight.shape)}")
     if target.dtype != torch.int64:
         raise TypeError(f"target must be int64, got {target.dtype}")
     if target.shape != hidden.shape[:-1]:
@@ -342,7 +344,7 @@ def linear_cross_entropy(
             )
 
     dtype = linear_dtype(hidden)
-    cannot = _triton.why_not(hidden.new_empty(0, dtype=dtype)) or ("V = 0" if V == 0 else None)
+    cannot = _triton.why_not(hidden.new_empty(0, dtype=dtype))
     backend = _dispatch.select("linear_cross_entropy", backend, cannot)
     if backend == "reference":
         rows = linear_cross_entropy_reference(
@@ -354,9 +356,9 @@ def linear_cross_entropy(
         how = (ignore_index, dtype, backend == "triton")
         train = wants_grad(*inputs[:3])
         if train and reduction != "none" and not return_logprobs:
-            total = rows = _Sum.apply(*inputs, *how)
+            total = rows = _Sum.apply(*apart(*inputs, *how))
         else:
-            rows = _Rows.apply(*inputs, *how) if train else _op(*inputs, None, [False] * 3, *how)[0]
+            rows = _Rows.apply(*apart(*inputs, *how)) if train else _op(*inputs, None, [False] * 3, *how)[0]
             rows = rows.view(target.shape)
             total = rows.sum()
 

@@ -62,5 +62,6 @@ MUTANTS = [
         "y += 0 * _load_rows(TokenWeight, types,",
         "positions_and_types",
     ),
+    mutant("order of positions", "order.movedim(-1, 0).flatten()", "order.flatten()", "no_worse"),
     mutant("order of dy", "row = tl.load(Order + n, mask=n < R, other=0) % M", "row = n % M", "no_worse"),
 ]
