@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint bench bench-cpu readme-figures gpu clean compile-report mutants
+.PHONY: demo test lint bench bench-cpu readme-figures gpu clean compile-report mutants hub-kernel
 
 demo: $(VENV)/.demo
 	$(BIN)/gptfast demo
@@ -42,6 +42,11 @@ readme-figures: $(VENV)/.test
 # STEPS=sanitize runs a few tests under compute-sanitizer instead; STEPS="bench -- --resume FILE" goes on.
 gpu: $(VENV)/.test
 	$(BIN)/python -m gptfast_bench.gpu $(STEPS)
+
+# A folder for HuggingFace's Hub and its `kernels` package: build/hub, or HUB=FOLDER. Nothing is compiled.
+HUB ?= build/hub
+hub-kernel:
+	$(PYTHON) kernels/hub/build.py $(HUB)
 
 # torch first: another package's range must not choose the build.
 $(VENV)/.torch:

@@ -64,7 +64,7 @@ def test_onnx(tmp_path):
         program = torch.onnx.export(export(model, inputs(2, 7)), dynamo=True, verbose=False)
     program.save(tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    assert {x.name: x.shape for x in session.get_inputs()}["input_ids"] == ["batch", "length"]
+    assert all(isinstance(size, str) for x in session.get_inputs() for size in x.shape)  # a name, not a number
     for B, T in SHAPES:
         given = inputs(B, T)
         (logits,) = session.run(None, {name: x.numpy() for name, x in given.items()})
