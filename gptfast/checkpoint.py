@@ -33,6 +33,7 @@ from torch.overrides import TorchFunctionMode
 
 from .config import CONFIG_NAME
 from .convert import from_tensorflow, read_json, read_openai_npy, read_tensorflow_h5
+from .linear import is_quantized
 
 logger = logging.getLogger(__name__)
 
@@ -567,6 +568,8 @@ def save_pretrained(
         is_main_process: False writes nothing, so that all ranks may call this.
     """
     limit = _parse_size(max_shard_size)
+    if is_quantized(model) and state_dict is None:
+        raise ValueError("model has int8 weights, which no file format here holds: save it before quantize()")
     if not is_main_process:
         return
     tensors = {_plain_key(k): t for k, t in (model.state_dict() if state_dict is None else state_dict).items()}

@@ -22,6 +22,7 @@ from . import __version__
 from .config import OpenAIGPTConfig
 from .explain import explain
 from .heads import OpenAIGPTLMHeadModel
+from .linear import quantize
 from .scoring import score_ids
 from .tokenizer import OpenAIGPTTokenizer
 
@@ -46,8 +47,13 @@ def _device(args: argparse.Namespace) -> torch.device:
 
 def _load(args: argparse.Namespace) -> tuple[OpenAIGPTLMHeadModel, OpenAIGPTTokenizer]:
     device = _device(args)
-    dtype = DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    name = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    if name == "int8" and device.type != "cpu":
+        raise ValueError(f"--dtype int8 is for --device cpu, got {device}")
+    dtype = torch.float32 if name == "int8" else DTYPES[name]
     model = OpenAIGPTLMHeadModel.from_pretrained(args.model, dtype=dtype).to(device)
+    if name == "int8":
+        quantize(model)
     return model, OpenAIGPTTokenizer.from_pretrained(args.model)
 
 
@@ -519,7 +525,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"gptfast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def command(name: str, run: Callable, help: str, *, model: bool = True) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Callable, help: str, *, model: bool = True, int8: bool = False
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
@@ -527,7 +535,8 @@ def _parser() -> argparse.ArgumentParser:
         if model:
             sub.add_argument("--model", default=str(SHIPPED), help="a folder or a Hub name", metavar="NAME")
             sub.add_argument("--device", help="cpu, cuda, cuda:1, …; a GPU if there is one")
-            sub.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU, float32 on a CPU")
+            choices = (*DTYPES, "int8") if int8 else tuple(DTYPES)
+            sub.add_argument("--dtype", choices=choices, help="bfloat16 on a GPU, float32 on a CPU")
         return sub
 
     sub = command("demo", demo, "Check, time and listen to the small model that ships with the package.")
@@ -537,7 +546,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--save", metavar="FILE", help="write the figures as JSON too")
     sub.add_argument("--seed", type=int, default=0)
 
-    sub = command("generate", generate, "Continue a prompt.")
+    sub = command("generate", generate, "Continue a prompt.", int8=True)
     prompt = sub.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt")
     prompt.add_argument("--prompt-file", metavar="FILE", help="- reads standard input")
@@ -557,7 +566,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--stop", action="append", default=[], metavar="TOKEN", help="ends the text; may be repeated")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
-    sub = command("score", score, "Perplexity and bits per byte of a text.")
+    sub = command("score", score, "Perplexity and bits per byte of a text.", int8=True)
     sub.add_argument("file", help="- reads standard input")
     sub.add_argument("--context", type=int, help="tokens a window; the model's n_positions if not given")
     sub.add_argument("--stride", type=int, help="tokens between windows; half the context if not given")
@@ -621,7 +630,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("bench", bench, "Time every op and the model against their strongest peers.", model=False)
     _bench_arguments(sub)
 
-    sub = command("explain", explain_command, "Which backend runs each op, and why a faster one does not.")
+    sub = command("explain", explain_command, "Which backend runs each op, and why a faster one does not.", int8=True)
     sub.add_argument("--batch-size", type=int, default=1)
     sub.add_argument("--length", type=int, default=128)
     sub.add_argument("--json", action="store_true", help="print a JSON list")

@@ -7,18 +7,21 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gptfast_kernels import linear_cross_entropy
+
 from .cache import KVCache
 from .config import OpenAIGPTConfig
 from .generation import GenerationMixin
 from .inputs import check_labels, check_logits_to_keep, check_tensor, text_shape
+from .linear import is_plain
 from .model import OpenAIGPTModel
-from .outputs import CausalLMOutput, OpenAIGPTDoubleHeadsModelOutput, SequenceClassifierOutput
+from .outputs import CausalLMOutput, DeferredLogits, OpenAIGPTDoubleHeadsModelOutput, SequenceClassifierOutput
 from .pretrained import OpenAIGPTPreTrainedModel
 
 
@@ -102,18 +105,13 @@ class OpenAIGPTLMHeadModel(OpenAIGPTPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             use_cache=use_cache,
         )
-        logits = self.lm_head(_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if targets is not None:
-            if shift_labels is None:
-                targets = F.pad(targets[..., 1:], (0, 1), value=ignore_index)
-            loss = F.cross_entropy(
-                logits.flatten(0, -2).float(),
-                targets.flatten(),
-                ignore_index=ignore_index,
-                reduction="mean" if num_items_in_batch is None else "sum",
-            )
-            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
+        hidden = _keep(outputs.last_hidden_state, logits_to_keep)
+        if targets is None:
+            loss, logits = None, self.lm_head(hidden)
+        else:
+            shift, reduction = shift_labels is None, "mean" if num_items_in_batch is None else "sum"
+            loss, logits = _loss(self.lm_head, hidden, targets, ignore_index, reduction, shift)
+            loss = loss.float() if num_items_in_batch is None else loss.float() / num_items_in_batch
         output = CausalLMOutput(
             loss=loss,
             logits=logits,
@@ -122,6 +120,25 @@ class OpenAIGPTLMHeadModel(OpenAIGPTPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
         )
         return output if return_dict else output.to_tuple()
+
+
+def _loss(
+    head: nn.Linear,
+    hidden: Tensor,
+    labels: Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    shift: bool = True,
+) -> tuple[Tensor, Tensor | DeferredLogits]:
+    """The language-model loss of hidden [..., T, C] in float32 at least, and its logits: a plain head defers them."""
+    if is_plain(head, nn.Linear) and head.bias is None and not torch.compiler.is_compiling():
+        how: Any = {"ignore_index": ignore_index, "reduction": reduction, "shift": shift}
+        return linear_cross_entropy(hidden, head.weight, labels.long(), **how), DeferredLogits(hidden, head.weight)
+    logits = head(hidden)
+    if shift:
+        labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    rows = logits.flatten(0, -2).float()
+    return F.cross_entropy(rows, labels.flatten(), ignore_index=ignore_index, reduction=reduction), logits
 
 
 def _keep(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
@@ -272,13 +289,16 @@ class OpenAIGPTDoubleHeadsModel(OpenAIGPTPreTrainedModel):
             use_cache=False,
         )
         hidden = outputs.last_hidden_state
-        logits = self.lm_head(hidden)
-        mc_logits = self.multiple_choice_head(hidden, mc_token_ids).squeeze(-1)
         loss = mc_loss = None
+        logits: Any
+        if labels is None:
+            logits = self.lm_head(hidden)
+        else:
+            loss, logits = _loss(self.lm_head, hidden, labels)
+            loss = loss.to(hidden.dtype)  # as HuggingFace has it here
+        mc_logits = self.multiple_choice_head(hidden, mc_token_ids).squeeze(-1)
         if mc_labels is not None:
             mc_loss = F.cross_entropy(mc_logits.view(-1, mc_logits.shape[-1]), mc_labels.flatten())
-        if labels is not None:
-            loss = F.cross_entropy(logits[..., :-1, :].flatten(0, -2), labels[..., 1:].flatten())
         output = OpenAIGPTDoubleHeadsModelOutput(
             loss=loss,
             mc_loss=mc_loss,

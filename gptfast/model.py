@@ -22,32 +22,23 @@ from gptfast_kernels import (
     flash_attention,
     flash_attention_qkvpacked,
     flash_attention_with_kvcache,
+    gelu,
     layer_norm,
     linear_gelu,
 )
-from gptfast_kernels.attention import attention_reference
+from gptfast_kernels.attention import attention_probs, attention_reference
 from gptfast_kernels.projection import linear_dtype
 
+from . import cpu
 from .cache import KVCache
 from .config import OpenAIGPTConfig
 from .inputs import check_cache, check_head_mask, check_position_ids, check_text, key_padding_mask
+from .linear import Conv1D, is_plain
 from .outputs import BaseModelOutput
 from .pretrained import OpenAIGPTPreTrainedModel
 
 GELU_FORMS = {"gelu": "tanh", "gelu_new": "tanh", "gelu_erf": "none"}
 OTHER_ACTIVATIONS = {"relu": F.relu, "silu": F.silu, "swish": F.silu}
-
-
-class Conv1D(nn.Module):
-    """A linear layer whose weight is [in, out], as GPT-1's files have it."""
-
-    def __init__(self, out_features: int, in_features: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(in_features, out_features))
-        self.bias = nn.Parameter(torch.zeros(out_features))
-
-    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        return F.linear(x, self.weight.t(), self.bias)
 
 
 @dataclass
@@ -59,6 +50,7 @@ class AttentionContext:
     cache: KVCache | None
     output_attentions: bool
     inference: bool  # no dropout, no gradient
+    buffers: cpu.Buffers | None = None  # where a CPU computes blocks in place
 
 
 class Attention(nn.Module):
@@ -74,7 +66,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: AttentionContext, layer: int) -> tuple[Tensor, Tensor | None]:
         """x [B, T, C] -> (projected attention [B, T, C], attention weights [B, H, T, S] if asked for)."""
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        a, probs = self.attend(self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head), context, layer)
+        return self.c_proj(a.reshape(B, T, C)), probs
+
+    def attend(self, qkv: Tensor, context: AttentionContext, layer: int) -> tuple[Tensor, Tensor | None]:
+        """qkv [B, T, 3, H, D] -> (attention [B, T, H, D], its weights [B, H, T, S] if asked for)."""
         dropout_p = self.dropout_p if self.training else 0.0
         cache, padding, probs = context.cache, context.key_padding_mask, None
         a: Any
@@ -88,7 +84,10 @@ class Attention(nn.Module):
             q, k, v = qkv.unbind(2)
             if cache is not None:
                 k, v = _append(cache, layer, k, v)
-            if context.output_attentions:
+            if context.output_attentions and context.inference:
+                a, lse = flash_attention(q, k, v, key_padding_mask=padding, return_lse=True)
+                probs = attention_probs(q, k, lse, key_padding_mask=padding)
+            elif context.output_attentions:  # in training the weights are behind dropout, and have gradients
                 a, _, probs = attention_reference(q, k, v, key_padding_mask=padding, dropout_p=dropout_p)
             else:
                 a = flash_attention(q, k, v, key_padding_mask=padding, dropout_p=dropout_p)
@@ -101,7 +100,7 @@ class Attention(nn.Module):
                 probs = probs * factor[:, None, None]
                 v = v if padding is None else v.masked_fill(~padding[:, :, None, None], 0.0)
                 a = (probs @ v.transpose(1, 2)).transpose(1, 2)
-        return self.c_proj(a.reshape(B, T, C)), probs
+        return a, probs
 
 
 def _append(cache: KVCache, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,10 +126,12 @@ class MLP(nn.Module):
         self.c_proj = Conv1D(config.n_embd, 4 * config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
-        if self.afn in GELU_FORMS:
+        if self.afn not in GELU_FORMS:
+            h = OTHER_ACTIVATIONS[self.afn](self.c_fc(x))
+        elif is_plain(self.c_fc):
             h = linear_gelu(x, self.c_fc.weight.t(), self.c_fc.bias, approximate=GELU_FORMS[self.afn])
         else:
-            h = OTHER_ACTIVATIONS[self.afn](self.c_fc(x))
+            h = gelu(self.c_fc(x), approximate=GELU_FORMS[self.afn])
         return self.c_proj(h)
 
 
@@ -144,6 +145,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
     def forward(self, x: Tensor, context: AttentionContext, layer: int) -> tuple[Tensor, Tensor | None]:
+        if context.buffers is not None and self._is_plain():
+            return cpu.run_block(self, x, context, layer, GELU_FORMS[self.mlp.afn]), None
         a, probs = self.attn(x, context, layer)
         n = self._add_and_normalize(a, x, self.ln_1)
         return self._add_and_normalize(self.mlp(n), n, self.ln_2), probs
@@ -151,6 +154,11 @@ class Block(nn.Module):
     def _add_and_normalize(self, x: Tensor, residual: Tensor, ln: nn.LayerNorm) -> Tensor:
         dropout_p = self.dropout_p if self.training else 0.0
         return layer_norm(x, ln.weight, ln.bias, residual=residual, dropout_p=dropout_p, eps=ln.eps)
+
+    def _is_plain(self) -> bool:
+        """Whether every part is what was built here, with nobody's hook on it."""
+        parts = ((self.attn, Attention), (self.ln_1, nn.LayerNorm), (self.mlp, MLP), (self.ln_2, nn.LayerNorm))
+        return all(is_plain(module, kind) for module, kind in parts)
 
 
 class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
@@ -227,6 +235,9 @@ class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
 
         recompute = self._recomputes()
         x = self._embed(input_ids, inputs_embeds, token_type_ids, position_ids, B, T)
+        weights_wanted = output_attentions or head_mask is not None
+        if context.inference and not weights_wanted and config.afn in GELU_FORMS and cpu.applies(x):
+            context.buffers = cpu.Buffers(x, 4 * config.n_embd)
         hidden_states, attentions = [], []
         for layer, block in enumerate(self.h):
             if output_hidden_states:

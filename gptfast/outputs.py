@@ -5,10 +5,53 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree
 
+from gptfast_kernels.projection import linear_dtype
+
 from .cache import KVCache
+
+
+class DeferredLogits:
+    """hidden @ weight.T, computed when it is called: where the loss did without logits, most callers never look.
+
+    Shapes: hidden [..., T, C], weight [V, C].
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor):
+        self.hidden, self.weight, self.version = hidden, weight, _version(weight)
+        self.dtype = linear_dtype(hidden)  # as in the forward pass, and so are the modes
+        self.inference, self.grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+    def __call__(self) -> Tensor:
+        if _version(self.weight) != self.version:
+            raise RuntimeError(
+                "logits were left uncomputed because labels were given, and the LM head's weight has changed since: "
+                "read output.logits before the optimizer's step"
+            )
+        with torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad):
+            return F.linear(self.hidden.to(self.dtype), self.weight.to(self.dtype))
+
+
+def _version(x: Tensor) -> int:
+    """How often x was changed in place; 0 for a tensor made in inference mode, which does not count."""
+    return 0 if x.is_inference() else x._version
+
+
+class _Logits:
+    """A field that holds a tensor, None, or DeferredLogits, whose tensor takes their place when it is first read."""
+
+    def __get__(self, output: Any, owner: type | None = None) -> Any:
+        value = None if output is None else output.__dict__["logits"]
+        if isinstance(value, DeferredLogits):
+            value = output.__dict__["logits"] = value()
+        return value
+
+    def __set__(self, output: Any, value: Tensor | DeferredLogits | None) -> None:
+        output.__dict__["logits"] = value
 
 
 class ModelOutput:
@@ -23,7 +66,7 @@ class ModelOutput:
         )
 
     def keys(self) -> list[str]:
-        return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None]  # type: ignore[arg-type]
+        return [f.name for f in dataclasses.fields(self) if self.__dict__[f.name] is not None]  # type: ignore[arg-type]
 
     def values(self) -> list[Any]:
         return [getattr(self, name) for name in self.keys()]
@@ -42,7 +85,8 @@ class ModelOutput:
             if key not in self:
                 raise KeyError(key)
             return getattr(self, key)
-        return self.to_tuple()[key]
+        names = self.keys()[key]
+        return getattr(self, names) if isinstance(names, str) else tuple(getattr(self, name) for name in names)
 
     def __contains__(self, key: object) -> bool:
         return key in self.keys()
@@ -52,6 +96,9 @@ class ModelOutput:
 
     def __len__(self) -> int:
         return len(self.keys())
+
+    def __getstate__(self) -> dict[str, Any]:  # what is pickled and copied holds tensors alone
+        return {name: getattr(self, name) for name in self.__dict__}
 
 
 Tensors = tuple[Tensor, ...]
@@ -68,7 +115,7 @@ class BaseModelOutput(ModelOutput):
 @dataclass
 class CausalLMOutput(ModelOutput):
     loss: Tensor | None = None  # scalar
-    logits: Tensor | None = None  # [B, T, V]
+    logits: Tensor | None = _Logits()  # type: ignore[assignment]  # [B, T, V]; computed when read, beside a loss
     hidden_states: Tensors | None = None
     attentions: Tensors | None = None
     past_key_values: KVCache | None = None
@@ -78,7 +125,7 @@ class CausalLMOutput(ModelOutput):
 class OpenAIGPTDoubleHeadsModelOutput(ModelOutput):
     loss: Tensor | None = None  # language-model loss
     mc_loss: Tensor | None = None  # multiple-choice loss; the two are not summed
-    logits: Tensor | None = None  # [B, C, T, V]
+    logits: Tensor | None = _Logits()  # type: ignore[assignment]  # [B, C, T, V]; computed when read, beside a loss
     mc_logits: Tensor | None = None  # [B, C]
     hidden_states: Tensors | None = None
     attentions: Tensors | None = None

@@ -17,6 +17,7 @@ from gptfast_kernels import linear_cross_entropy
 
 from .heads import OpenAIGPTLMHeadModel
 from .inputs import check_ids, check_tensor
+from .linear import Int8Linear
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def score_ids(
     # window w predicts ids[w * stride + 1 … w * stride + context - 1]; past the first, only the last `stride` are new
     starts = range(0, max(1, len(ids) - (context - stride)), stride)
     nll, counted = 0.0, 0
+    head = model.lm_head.dequantized() if isinstance(model.lm_head, Int8Linear) else model.lm_head.weight
     for first in range(0, len(starts), batch_size):
         batch = starts[first : first + batch_size]
         windows = torch.full((len(batch), context), -100, dtype=torch.int64)
@@ -87,7 +89,7 @@ def score_ids(
             if start:
                 targets[row, : context - stride - 1] = -100
         hidden = model.transformer(windows[:, :-1].clamp(min=0), return_dict=True).last_hidden_state
-        losses = linear_cross_entropy(hidden, model.lm_head.weight, targets, reduction="sum")
+        losses = linear_cross_entropy(hidden, head, targets, reduction="sum")
         new = int((targets != -100).sum())
         nll, counted = nll + float(losses), counted + new
         progress(new)

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils import _pytree
 
 import gptfast
-from gptfast.model import Conv1D
+from gptfast.linear import Conv1D
 from gptfast_kernels import _dispatch
 
 BODY, LM = "OpenAIGPTModel", "OpenAIGPTLMHeadModel"
