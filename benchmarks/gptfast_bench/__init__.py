@@ -1,7 +1,7 @@
 """The benchmark suite behind ``gptfast bench``: figures that a sceptic believes.
 
     harness.py   cells and providers; the gate, the clock, the limits, the environment
-    op.py        what the small ops' files share; then one file an op: attention, normalization, activation, …
+    op.py        what the small ops' files share; then one file an op: attention, normalization, decode, …
     model.py     GPT-1 whole: forward, loss, training, prefill, decoding, generating, memory, cold starts
     suite.py     which cells a run has; one process measures, another keeps what it has found
     report.py    a finished run as a table, CSV, the README's tables; page.py as an HTML page with pictures

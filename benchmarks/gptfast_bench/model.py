@@ -253,6 +253,7 @@ def _contenders(
     hand_made: Make,
     ours: Make,
     *,
+    captured: Make | None = None,
     compiles: str = "",
     judge: Callable[[Any], Sequence[Tensor]] = lambda out: [out],
     read: float = 0,
@@ -261,6 +262,7 @@ def _contenders(
 
     Args:
         theirs, hand_made, ours: how each model is run.
+        captured: how ours is run as a CUDA graph; None: what is run without is captured here.
         compiles: why torch.compile cannot serve; "" where it can.
         judge: what of an output the gate sees.
         read: numbers read from memory, in each provider's own dtype.
@@ -275,6 +277,10 @@ def _contenders(
             if compiles:
                 raise Unavailable(compiles)
             wrap = functools.partial(torch.compile, dynamic=False, mode=mode)
+        if mode == "CUDA graph" and captured is not None:
+            return Contender(
+                _without_gradients(captured(model, wrap)), judge=judge, moved=read * DTYPES[dtype].itemsize
+            )
         made = makes[name](model, wrap)
         if not isinstance(made, Contender):
             run = _without_gradients(made)
@@ -325,10 +331,15 @@ def _forward(cell: Cell, settings: Settings) -> Task:
         lambda model, wrap: wrap(lambda: model.transformer(ids).last_hidden_state),
         lambda model, wrap: wrap(lambda: model(ids)),
         lambda model, wrap: wrap(lambda: model.transformer(ids, use_cache=False).last_hidden_state),
+        captured=lambda model, wrap: _captured(gptfast.capture(model.transformer, [(B, T)]), ids),
         judge=lambda hidden: [hidden[rows]],
         read=read,
     )
     return Task(providers, lambda: [exact_hidden(size, ids[rows])], flops=flops, tokens=B * T)
+
+
+def _captured(fast: Callable[[Tensor], Any], ids: Tensor) -> Callable[[], Tensor]:
+    return lambda: fast(ids).last_hidden_state
 
 
 def _loss(cell: Cell, settings: Settings) -> Task:

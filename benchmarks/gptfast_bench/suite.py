@@ -23,7 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from . import activation, attention, embeddings, loss, model, normalization, projection
+from . import activation, attention, decode, embeddings, loss, model, normalization, projection
 from .harness import Cell, Row, Scale, Settings, state
 
 SCHEMA = 1
@@ -31,6 +31,7 @@ REPORT = "bench.json"
 OPS = {
     "attention": attention,
     "normalization": normalization,
+    "decode": decode,
     "projection": projection,
     "loss": loss,
     "activation": activation,
