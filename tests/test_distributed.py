@@ -14,7 +14,6 @@ from gptfast import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 from gptfast.tokenizer import train_tokenizer
 from gptfast.training import LOG_FILE, Parallel, load_fine_tuned
 from gptfast.training.parallel import start
-
 from tests.support import two_ranks
 
 ROOT = Path(__file__).parent.parent
