@@ -113,18 +113,6 @@ class Conv1D(linear.Conv1D, pytorch_utils.Conv1D):
         return f"Conv1D(nf={self.nf}, nx={self.nx})"
 
 
-class _CalledMLP(model.MLP):
-    """An MLP whose first projection has been replaced, or is watched, and so is called rather than fused."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.c_fc(x)
-        if self.afn in model.GELU_FORMS:
-            h = nn.functional.gelu(h, approximate=model.GELU_FORMS[self.afn])
-        else:
-            h = model.OTHER_ACTIVATIONS[self.afn](h)
-        return self.c_proj(h)
-
-
 class _StopConstructing:
     """Follows transformers' classes and precedes ours, whose constructor is called by itself, with its own config."""
 
@@ -177,19 +165,12 @@ class OpenAIGPTPreTrainedModel(PreTrainedModel):
         self._body.gradient_checkpointing = enable
         self._body.checkpoint_kwargs = {"use_reentrant": False, **getattr(func, "keywords", {})}
 
-    def _check_parts(self) -> None:
-        """Looks after weights that are read without calling the module that holds them: an adapter may be around it."""
+    def _check_adapters(self) -> None:
+        """Raises where an adapter is around a weight that is read without calling the module that holds it."""
         body: Any = self._body
-        for block in body.h:
-            c_fc, mlp = block.mlp.c_fc, block.mlp
-            called = type(c_fc) is not Conv1D or c_fc._forward_hooks or c_fc._forward_pre_hooks
-            if called and type(mlp) is model.MLP:
-                mlp.__class__ = _CalledMLP
-            elif not called and type(mlp) is _CalledMLP:
-                mlp.__class__ = model.MLP  # type: ignore[assignment]
-        tables = (body.tokens_embed, body.positions_embed)
-        for module in (*tables, *(ln for block in body.h for ln in (block.ln_1, block.ln_2))):
-            if type(module).__module__.startswith("peft.tuners") and not hasattr(module, "modules_to_save"):
+        norms = [ln for block in body.h for ln in (block.ln_1, block.ln_2)]
+        for module in (body.tokens_embed, body.positions_embed, *norms):
+            if type(module).__module__.startswith("peft.tuners"):
                 raise NotImplementedError(
                     f"{type(module).__name__} on an embedding or a LayerNorm: adapters are supported on c_attn, "
                     "c_proj, c_fc and the heads; train those in full with modules_to_save"
@@ -207,7 +188,7 @@ def _forward_of(ours: type[nn.Module]) -> Callable:
         del arguments["self"]
         return_dict = arguments.pop("return_dict", None)
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        self._check_parts()
+        self._check_adapters()
         cache = None
         if has_cache:
             cache = _cache(past_key_values, use_cache)
