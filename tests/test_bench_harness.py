@@ -34,6 +34,21 @@ def test_every_op_and_mode_passes_its_gate(cell):
         assert {"ms", "host_us", "parts"} & set(row)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="a CPU's providers")
+@pytest.mark.parametrize("mode", ["forward", "loss", "decode", "generate"])
+def test_coarser_weights_are_rows_of_their_own(mode):
+    cell = next(cell for cell in SMOKE if cell.op == "model" and cell.mode == mode)
+    cell = dataclasses.replace(cell, without=("torch.compile", "transformers"))
+    rows = by_provider(run_cell(cell, dataclasses.replace(SETTINGS, baselines=())))
+    for name in ("gptfast bfloat16", "gptfast int8"):
+        assert rows[name]["status"] == "ok", rows[name]
+        assert rows[name]["tolerance"] == 6e-2
+        if mode in ("forward", "decode"):
+            assert rows["gptfast"]["error"] < 1e-5 < 1e-4 < rows[name]["error"]
+            assert rows[name]["bytes"] < rows["gptfast"]["bytes"]
+    assert rows["transformers"]["status"] == "unavailable"
+
+
 def test_a_wrong_kernel_is_caught_and_never_timed(monkeypatch):
     """1 % off, which a tolerance of a few bfloat16 roundings would let through in float32."""
     timed = []

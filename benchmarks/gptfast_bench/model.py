@@ -110,9 +110,7 @@ def _built(name: str, size: str, dtype: torch.dtype, device: str) -> Any:
     model = OpenAIGPTLMHeadModel(source.config).to(device, dtype)
     model.load_state_dict(source.state_dict())
     if name == "int8":
-        if not hasattr(gptfast, "quantize"):
-            raise Unavailable("this gptfast has no quantize()")
-        gptfast.quantize(model)
+        gptfast.quantize(model.eval())
     return model
 
 
