@@ -1,4 +1,4 @@
-"""The command line: ``gptfast demo | generate | score | train | predict | bench | explain | env``."""
+"""The command line: ``gptfast demo | generate | score | train | predict | bench | explain | warmup | env``."""
 
 import argparse
 import contextlib
@@ -428,6 +428,22 @@ def env(args: argparse.Namespace) -> None:
             print(f"{name:16} {'not installed' if value is None else value}")
 
 
+# -- warmup ---------------------------------------------------------------------------------------------------------
+
+
+def warmup_command(args: argparse.Namespace) -> None:
+    from .warmup import warmup
+
+    model, _ = _load(args)
+    rows = warmup(model, args.batch_size, progress=lambda calls: tqdm(calls, desc="warming up", disable=args.json))
+    if args.json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows]))
+        return
+    print(f"{'call':32}{'first':>10}{'again':>10}")
+    for row in rows:
+        print(f"{row.call:32}{1e3 * row.first:8.1f} ms{1e3 * row.again:7.1f} ms")
+
+
 # -- demo -----------------------------------------------------------------------------------------------------------
 
 
@@ -634,6 +650,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch-size", type=int, default=1)
     sub.add_argument("--length", type=int, default=128)
     sub.add_argument("--json", action="store_true", help="print a JSON list")
+
+    sub = command("warmup", warmup_command, "Compile and run what inference will need, before it does.")
+    sub.add_argument("--batch-size", type=int, nargs="+", default=[1], help="rows; may name several")
+    sub.add_argument("--json", action="store_true", help="print a JSON list, no progress bar")
 
     sub = command("env", env, "Versions and devices, for a bug report.", model=False)
     sub.add_argument("--json", action="store_true", help="print one JSON object")

@@ -83,21 +83,18 @@ def _torch(
     v_cache: Tensor,
     k: Tensor | None,
     v: Tensor | None,
-    seqlens: int | Tensor,
+    seqlens: int | list[int] | Tensor,
     softmax_scale: float,
     causal: bool,
 ) -> Tensor:
-    """By ``F.scaled_dot_product_attention``, over no slot that a row does not use where the lengths may be read."""
+    """By ``F.scaled_dot_product_attention``, over no slot that a row does not use where the lengths are known."""
     if isinstance(seqlens, Tensor):
-        if seqlens.device.type != "cpu" or torch.compiler.is_compiling():
-            keys, values, seen = _append_and_mask(q, k_cache, v_cache, k, v, seqlens, causal)
-            return _sdpa(q, keys, values, softmax_scale, seen)
-        lengths = seqlens.tolist()
-        if len(set(lengths)) > 1:  # one row at a time costs less than a mask and the longest row's work for all
-            rows: list[Any] = [[None] * len(lengths) if x is None else x.split(1) for x in (q, k_cache, v_cache, k, v)]
-            each = zip(*rows, lengths, strict=True)
-            return torch.cat([_torch(*row, softmax_scale, causal) for row in each])  # type: ignore[call-arg]
-        seqlens = lengths[0] if lengths else 0
+        keys, values, seen = _append_and_mask(q, k_cache, v_cache, k, v, seqlens, causal)
+        return _sdpa(q, keys, values, softmax_scale, seen)
+    if isinstance(seqlens, list):  # one row at a time costs less than a mask and the longest row's work for all
+        rows: list[Any] = [[None] * len(seqlens) if x is None else x.split(1) for x in (q, k_cache, v_cache, k, v)]
+        each = zip(*rows, seqlens, strict=True)
+        return torch.cat([_torch(*row, softmax_scale, causal) for row in each])  # type: ignore[call-arg]
     visible: Tensor | None = None
     T, end = q.shape[1], seqlens
     if k is not None and v is not None:
@@ -385,7 +382,6 @@ def _cannot(q: Tensor, k_cache: Tensor, v_cache: Tensor, softmax_scale: float) -
     return None
 
 
-@torch.no_grad()
 def flash_attention_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -418,9 +414,16 @@ def flash_attention_with_kvcache(
             backend asked for cannot run. On a GPU, lengths in a tensor are not read back: a position beyond the
             Triton kernel's cache is not stored, and one beyond torch's is a device-side assertion.
     """
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return flash_attention_with_kvcache(
+                q, k_cache, v_cache, k, v,
+                cache_seqlens=cache_seqlens, softmax_scale=softmax_scale, causal=causal, backend=backend,
+            )  # fmt: skip
     S = _check(q, k_cache, v_cache, k, v)
     B, T, H, D = q.shape
     new = 0 if k is None else T
+    known: int | list[int] | Tensor = cache_seqlens  # on the host, where that takes no synchronisation
     if isinstance(cache_seqlens, Tensor):
         if cache_seqlens.shape != (B,):
             raise ValueError(f"cache_seqlens must be an int or [{B}], got shape {list(cache_seqlens.shape)}")
@@ -429,8 +432,10 @@ def flash_attention_with_kvcache(
         if cache_seqlens.device != q.device:
             raise ValueError(f"cache_seqlens is on {cache_seqlens.device}, but q is on {q.device}")
         if B and cache_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-            low, high = (int(n) for n in cache_seqlens.aminmax())
-            _check_room(low, high, new, S)
+            lengths: list[int] = cache_seqlens.tolist()
+            least, most = min(lengths), max(lengths)
+            _check_room(least, most, new, S)
+            known = least if least == most else lengths
     else:
         _check_room(cache_seqlens, cache_seqlens, new, S)
 
@@ -450,10 +455,10 @@ def flash_attention_with_kvcache(
         slower = "not timed yet against PyTorch's fused attention, which takes rows of one length"
     chosen = _dispatch.select("flash_attention_with_kvcache", backend, cannot, slower)
     if chosen == "torch":
-        return _torch(q, k_cache, v_cache, k, v, cache_seqlens, scale, causal)
+        return _torch(q, k_cache, v_cache, k, v, known, scale, causal)
     if chosen == "triton":
-        lengths, length = (cache_seqlens, 0) if isinstance(cache_seqlens, Tensor) else (None, cache_seqlens)
-        return _op(q, k_cache, v_cache, k, v, lengths, length, scale, causal)
+        each, all_rows = (cache_seqlens, 0) if isinstance(cache_seqlens, Tensor) else (None, cache_seqlens)
+        return _op(q, k_cache, v_cache, k, v, each, all_rows, scale, causal)
     seqlens = torch.as_tensor(cache_seqlens, device=q.device).expand(B)
     return kvcache_attention_reference(q, k_cache, v_cache, k, v, seqlens, softmax_scale=scale, causal=causal)
 
@@ -463,8 +468,8 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Ten
     if q.ndim != 4 or k_cache.ndim != 4:
         raise ValueError(f"q and k_cache must have 4 dimensions, got shapes {list(q.shape)} and {list(k_cache.shape)}")
     B, T, H, D = q.shape
-    _, S, Hkv, _ = k_cache.shape
-    if k_cache.shape != v_cache.shape or k_cache.shape[0] != B or k_cache.shape[3] != D:
+    rows, S, Hkv, width = k_cache.shape
+    if rows != B or width != D or v_cache.shape != k_cache.shape:
         raise ValueError(
             f"k_cache and v_cache must both be [{B}, S, Hkv, {D}], got {list(k_cache.shape)} and {list(v_cache.shape)}"
         )
@@ -474,13 +479,14 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Ten
         raise ValueError("k and v must both be given or both be None")
     if k is not None and v is not None and not k.shape == v.shape == (B, T, Hkv, D):
         raise ValueError(f"k and v must be {[B, T, Hkv, D]}, got shapes {list(k.shape)} and {list(v.shape)}")
-    if not q.is_floating_point():
-        raise TypeError(f"q must be floating point, got {q.dtype}")
+    dtype, device = q.dtype, q.device
+    if not dtype.is_floating_point:
+        raise TypeError(f"q must be floating point, got {dtype}")
     for name, x in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
-        if x is not None and x.dtype != q.dtype:
-            raise TypeError(f"{name} is {x.dtype}, but q is {q.dtype}")
-        if x is not None and x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}, but q is on {q.device}")
+        if x is not None and x.dtype != dtype:
+            raise TypeError(f"{name} is {x.dtype}, but q is {dtype}")
+        if x is not None and x.device != device:
+            raise ValueError(f"{name} is on {x.device}, but q is on {device}")
     return S
 
 
