@@ -21,9 +21,9 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
 import transformers  # noqa: E402
-from gptfast_bench.harness import environment, pin_threads, state, time_in_turn  # noqa: E402
 
 from gptfast.hf import OpenAIGPTLMHeadModel, apply_gptfast  # noqa: E402
+from gptfast_bench.harness import environment, pin_threads, state, time_in_turn  # noqa: E402
 
 SLOWER = 1.02  # what counts as slower: beyond what two runs of the same thing differ by
 
