@@ -133,6 +133,8 @@ class State:
         try:
             dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=new)
         except dcp.CheckpointException as error:
+            if self.parallel.is_main:
+                shutil.rmtree(new, ignore_errors=True)
             causes = [cause for cause, _ in error.failures.values()]
             first = next((cause for cause in causes if isinstance(cause, OSError)), causes[0])
             raise OSError(
