@@ -394,7 +394,7 @@ def _bench_arguments(sub: argparse.ArgumentParser) -> None:
 
 def explain_command(args: argparse.Namespace) -> None:
     model, _ = _load(args)
-    rows = explain(model, _random_ids(model, args.batch_size, args.length))
+    rows = explain(model, _random_ids(model, args.batch_size, args.length), strict=args.strict)
     print(json.dumps([dataclasses.asdict(row) for row in rows]) if args.json else rows)
 
 
@@ -649,6 +649,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("explain", explain_command, "Which backend runs each op, and why a faster one does not.", int8=True)
     sub.add_argument("--batch-size", type=int, default=1)
     sub.add_argument("--length", type=int, default=128)
+    sub.add_argument("--strict", action="store_true", help="fail where an op does not run on triton")
     sub.add_argument("--json", action="store_true", help="print a JSON list")
 
     sub = command("warmup", warmup_command, "Compile and run what inference will need, before it does.")

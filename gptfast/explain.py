@@ -30,12 +30,16 @@ class Explanation(list[Row]):
 
 
 @torch.no_grad()
-def explain(model: nn.Module, inputs: Any) -> Explanation:
+def explain(model: nn.Module, inputs: Any, *, strict: bool = False) -> Explanation:
     """Runs ``model`` once on ``inputs`` and lists, op by op, what ran.
 
     Args:
         model: any module whose layers call ``gptfast_kernels``.
         inputs: a tensor of ids, or a mapping of keyword arguments.
+        strict: raise if an op ran on another backend than triton.
+
+    Raises:
+        RuntimeError: ``strict`` and an op fell back; all that did are named with their reasons.
     """
     with _dispatch.record() as choices:
         if isinstance(inputs, Mapping):
@@ -43,4 +47,8 @@ def explain(model: nn.Module, inputs: Any) -> Explanation:
         else:
             model(inputs)
     calls = Counter(choices)
-    return Explanation(Row(c.op, n, c.backend, c.reason) for c, n in calls.items())
+    rows = Explanation(Row(c.op, n, c.backend, c.reason) for c, n in calls.items())
+    fallbacks = [f"{row.op} on {row.backend}: {row.reason}" for row in rows if row.backend != "triton"]
+    if strict and fallbacks:
+        raise RuntimeError("strict=True, but not all ops ran on triton: " + "; ".join(fallbacks))
+    return rows

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gptfast_kernels import (
+    _dispatch,
     embedding,
     flash_attention,
     flash_attention_qkvpacked,
@@ -88,6 +89,7 @@ class Attention(nn.Module):
                 a, lse = flash_attention(q, k, v, key_padding_mask=padding, return_lse=True)
                 probs = attention_probs(q, k, lse, key_padding_mask=padding)
             elif context.output_attentions:  # in training the weights are behind dropout, and have gradients
+                _dispatch.select("flash_attention", "reference", None)
                 a, _, probs = attention_reference(q, k, v, key_padding_mask=padding, dropout_p=dropout_p)
             else:
                 a = flash_attention(q, k, v, key_padding_mask=padding, dropout_p=dropout_p)
@@ -153,6 +155,8 @@ class Block(nn.Module):
 
     def _add_and_normalize(self, x: Tensor, residual: Tensor, ln: nn.LayerNorm) -> Tensor:
         dropout_p = self.dropout_p if self.training else 0.0
+        if not is_plain(ln, nn.LayerNorm):
+            return ln(residual + F.dropout(x, dropout_p))
         return layer_norm(x, ln.weight, ln.bias, residual=residual, dropout_p=dropout_p, eps=ln.eps)
 
     def _is_plain(self) -> bool:
@@ -295,6 +299,8 @@ class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
         dropout_p = self.config.embd_pdrop if self.training else 0.0
         types = None if token_type_ids is None else token_type_ids.reshape(-1, T).expand(B, T)
         tokens, positions = self.tokens_embed.weight, self.positions_embed.weight
+        if inputs_embeds is None and not is_plain(self.tokens_embed, nn.Embedding):
+            inputs_embeds = self.tokens_embed(input_ids.reshape(B, T))
         if inputs_embeds is None:
             return embedding(
                 input_ids.reshape(B, T),

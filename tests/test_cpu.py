@@ -1,0 +1,301 @@
+"""Inference on a CPU: blocks computed in place, int8 weights, logits that wait to be read."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import gptfast
+from gptfast import cpu
+from gptfast.linear import INT8_ROWS, Conv1D, Int8Linear
+from gptfast.outputs import DeferredLogits
+from gptfast_kernels import _dispatch, use_backend
+from tests.support.accuracy import assert_no_worse_than_torch
+
+V, P, C, H = 53, 320, 48, 3
+
+
+def make(kind="OpenAIGPTLMHeadModel", dtype=torch.float32, **settings):
+    """A model in eval mode whose attention is far from uniform."""
+    torch.manual_seed(0)
+    config = gptfast.OpenAIGPTConfig(
+        vocab_size=V, n_positions=P, n_embd=C, n_layer=2, n_head=H, initializer_range=0.3, **settings
+    )
+    return getattr(gptfast, kind)(config).to(dtype).eval()
+
+
+def ids(*shape):
+    return torch.randint(V, shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Counts the blocks that are computed in place."""
+    layers = []
+    run_block = cpu.run_block
+    monkeypatch.setattr(cpu, "run_block", lambda *args: layers.append(args[3]) or run_block(*args))
+    return layers
+
+
+# ---- blocks in place ----
+
+
+@pytest.mark.parametrize("afn", ["gelu", "gelu_erf"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 64), (1, 127), (2, 128), (1, 300), (2, 320)])
+def test_in_place_is_as_exact_as_the_ops(shape, afn, runs):
+    model, x = make(afn=afn), ids(*shape)
+    with torch.no_grad():
+        ours = model(x, output_hidden_states=True).hidden_states
+        assert runs == [0, 1]
+        with use_backend("reference"):
+            theirs = model(x, output_hidden_states=True).hidden_states
+            oracle = model.double()(x, output_hidden_states=True).hidden_states
+    assert runs == [0, 1]
+    for layer, states in enumerate(zip(ours, theirs, oracle, strict=True)):
+        assert_no_worse_than_torch(f"hidden state {layer}", *states)
+
+
+def test_gelu_in_place_is_exact_far_out():
+    x = torch.tensor([-1e30, -40.0, -9.0, -5.0, -1e-30, 0.0, 1e-30, 5.0, 9.0, 40.0, 1e30]).repeat(100, 7)
+    exact = x.double()  # 1 + tanh(u) would cancel to 0 at -9, in float64 too
+    oracle = exact * torch.sigmoid(math.sqrt(8 / math.pi) * (exact + 0.044715 * exact**3))
+    torch.testing.assert_close(cpu._gelu_(x.clone(), "tanh").double(), oracle, rtol=1e-5, atol=1e-37)
+
+
+def test_padding_and_cache_run_in_place_too(runs):
+    model, x = make(), ids(2, 9)
+    mask = torch.ones(2, 9)
+    mask[0, :4] = 0
+    with torch.no_grad():
+        ours, theirs = model(x, attention_mask=mask).logits, None
+        with use_backend("reference"):
+            theirs = model(x, attention_mask=mask).logits
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        whole = model(x).logits
+        cache = model.transformer.new_cache(2)
+        parts = [model(part, past_key_values=cache).logits for part in x.split([5, 1, 3], 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+    assert runs == [0, 1] * 5
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [
+        lambda model, x: model(x),  # autograd
+        lambda model, x: torch.no_grad()(model.train())(x),
+        lambda model, x: torch.no_grad()(model.double())(x),
+        lambda model, x: torch.no_grad()(model)(x, output_attentions=True),
+        lambda model, x: torch.no_grad()(model)(x, head_mask=torch.ones(H)),
+        lambda model, x: torch.no_grad()(use_backend("reference")(model))(x),
+        lambda model, x: torch.no_grad()(torch.autocast("cpu", torch.bfloat16)(model))(x),
+    ],
+)
+def test_what_in_place_cannot_do_takes_the_ops(leave, runs):
+    leave(make(), ids(1, 5))
+    assert runs == []
+
+
+@pytest.mark.parametrize("name", ["attn", "attn.c_attn", "attn.c_proj", "ln_1", "mlp", "mlp.c_fc", "mlp.c_proj", "ln_2"])
+@pytest.mark.parametrize("inference", [True, False])
+def test_a_hook_on_any_part_sees_its_output_and_can_change_it(name, inference):
+    model, x = make("OpenAIGPTModel"), ids(1, 5)
+    part, seen = model.h[1].get_submodule(name), []
+    before = model(x).last_hidden_state.detach()
+
+    def hook(_, __, output):
+        seen.append(1)
+        return (output[0] * 1.5, output[1]) if isinstance(output, tuple) else output * 1.5
+
+    part.register_forward_hook(hook)
+    with torch.set_grad_enabled(not inference):
+        after = model(x).last_hidden_state
+    assert seen == [1]
+    assert (after - before).abs().max() > 1e-2
+
+
+class Doubled(Conv1D):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("name", ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"])
+@pytest.mark.parametrize("inference", [True, False])
+def test_a_layer_put_in_anothers_place_is_called(name, inference):
+    model, x = make("OpenAIGPTModel"), ids(1, 5)
+    layer = model.h[0].get_submodule(name)
+    stand_in = Doubled(*layer.weight.shape[::-1])
+    stand_in.load_state_dict(layer.state_dict())
+    parent, _, child = name.rpartition(".")
+    setattr(model.h[0].get_submodule(parent), child, stand_in)
+    with torch.set_grad_enabled(not inference):
+        swapped = model(x).last_hidden_state
+    setattr(model.h[0].get_submodule(parent), child, layer)
+    with torch.no_grad():
+        layer.weight.mul_(2)
+        layer.bias.mul_(2)
+        torch.testing.assert_close(swapped, model(x).last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
+def test_a_hook_on_the_token_table_changes_the_embeddings():
+    model, x = make("OpenAIGPTModel"), ids(2, 5)
+    expected = model(inputs_embeds=3 * model.tokens_embed(x)).last_hidden_state
+    model.tokens_embed.register_forward_hook(lambda _, __, output: 3 * output)
+    torch.testing.assert_close(model(x).last_hidden_state, expected)
+
+
+def test_results_outlive_the_next_forward_pass():
+    model = make()
+    with torch.no_grad():
+        first = model(ids(2, 130), output_hidden_states=True)
+        kept = [x.clone() for x in (first.logits, *first.hidden_states)]
+        model(ids(2, 130).flip(0))
+    assert all(torch.equal(a, b) for a, b in zip(kept, (first.logits, *first.hidden_states), strict=True))
+
+
+# ---- int8 weights ----
+
+
+@pytest.mark.parametrize("rows", [1, INT8_ROWS, INT8_ROWS + 1, 40])
+def test_int8_linear_is_within_its_rounding(rows):
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(32, 64), torch.randn(32), torch.randn(rows, 64)
+    weight[3] = 0
+    layer = Int8Linear(weight, bias)
+    assert (layer.dequantized() - weight).abs().max() <= weight.abs().max() / 127 * 0.51
+    exact = nn.functional.linear(x.double(), layer.dequantized().double(), bias.double())
+    error = (layer(x) - exact).abs().max()
+    assert error < (0.15 if rows <= INT8_ROWS else 1e-4)  # bfloat16 and its result of up to 30, or float32
+    assert error > 0
+
+
+def test_quantized_model_predicts_nearly_as_before_and_decodes():
+    model, x = make(), ids(2, 40)
+    with torch.no_grad():
+        before = model(x).logits.log_softmax(-1)
+        size = sum(p.numel() * p.element_size() for p in model.transformer.h.parameters())
+        assert gptfast.quantize(model) is model
+        assert sum(p.numel() * p.element_size() for p in model.transformer.h.parameters()) < 0.35 * size
+        after = model(x).logits.log_softmax(-1)
+        assert 0 < (before.exp() * (before - after)).sum(-1).mean() < 0.02  # nats
+        steps = model.generate(x[:, :4], max_new_tokens=12)
+    assert steps.shape == (2, 16)
+    assert not any(isinstance(m, Conv1D) for m in model.modules())
+
+
+def test_quantize_refuses_and_then_changes_nothing(tmp_path):
+    model = make().train()
+    with pytest.raises(ValueError, match="eval mode"):
+        gptfast.quantize(model)
+    assert isinstance(model.transformer.h[0].mlp.c_fc, Conv1D)
+    gptfast.quantize(model.eval())
+    with pytest.raises(ValueError, match="already"):
+        gptfast.quantize(model)
+    with pytest.raises(ValueError, match="save it before"):
+        model.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="on cpu, got meta"):
+        gptfast.quantize(make().to("meta"))
+
+
+# ---- logits beside a loss ----
+
+
+@pytest.mark.parametrize("kind", ["OpenAIGPTLMHeadModel", "OpenAIGPTDoubleHeadsModel"])
+def test_logits_beside_a_loss_are_computed_when_read(kind):
+    model, x = make(kind), ids(2, 3, 7) if "Double" in kind else ids(2, 7)
+    output = model(x, labels=x)
+    loss = output[0] if "Double" not in kind else output["loss"]
+    assert list(output.keys())[:2] == ["loss", "logits"]
+    assert len(output) == len(list(output))
+    assert isinstance(output.__dict__["logits"], DeferredLogits)  # nothing above read them
+    expected = model(x).logits
+    torch.testing.assert_close(output.logits, expected)
+    assert output.logits is output["logits"] is output.logits
+    assert output.logits.requires_grad
+    torch.testing.assert_close(
+        loss, nn.functional.cross_entropy(expected[..., :-1, :].flatten(0, -2), x[..., 1:].flatten())
+    )
+
+
+def test_gradients_flow_through_deferred_logits():
+    model, x = make(), ids(2, 7)
+    output = model(x, labels=x)
+    (output.loss + output.logits.square().mean()).backward()
+    ours = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    logits = model(x).logits
+    loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+    (loss + logits.square().mean()).backward()
+    for a, p in zip(ours, model.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_deferred_logits_are_read_as_they_would_have_been_made(mode):
+    model, x = make(), ids(2, 7)
+    with mode():
+        output = model(x, labels=x)
+    assert not output.logits.requires_grad
+    assert output.logits.is_inference() == (mode is torch.inference_mode)
+
+
+def test_deferred_logits_after_the_weights_changed_are_an_error():
+    model, x = make(), ids(2, 7)
+    read, unread = model(x, labels=x), model(x, labels=x)
+    logits = read.logits
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    (read.loss + unread.loss).backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    assert read.logits is logits
+    with pytest.raises(RuntimeError, match=r"read output\.logits before"):
+        unread.logits  # noqa: B018
+
+
+def test_copies_of_an_output_hold_tensors():
+    model, x = make(), ids(2, 7)
+    with torch.no_grad():
+        output = model(x, labels=x)
+        expected = model(x).logits
+        for other in (pickle.loads(pickle.dumps(output)), copy.deepcopy(output)):
+            assert torch.equal(other.logits, expected)
+        loss, logits = model(x, labels=x, return_dict=False)
+    assert torch.equal(logits, expected)
+
+
+def test_loss_holds_no_logits():
+    """The largest tensor made in a forward pass with labels is smaller than the logits."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            made = [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+            self.elements = max([self.elements, *(x.numel() for x in made)])
+            return out
+
+    config = gptfast.OpenAIGPTConfig(vocab_size=60_000, n_positions=P, n_embd=8, n_layer=1, n_head=1)
+    model, x = gptfast.OpenAIGPTLMHeadModel(config).eval(), ids(8, P)
+    with torch.no_grad(), Largest() as made:
+        model(x, labels=x)
+    assert made.elements < x.numel() * config.vocab_size / 4
+
+
+# ---- explain ----
+
+
+def test_explain_strict_names_what_fell_back():
+    model = make()
+    with pytest.raises(RuntimeError, match=r"strict=True.*embedding on torch: .*; layer_norm on torch: "):
+        gptfast.explain(model, ids(1, 5), strict=True)
+
+
+def test_explain_tells_that_weights_with_gradients_take_the_formula():
+    model = make().train()
+    with _dispatch.record() as choices:
+        model(ids(1, 5), output_attentions=True)
+    assert ("flash_attention", "reference") in {(c.op, c.backend) for c in choices}
