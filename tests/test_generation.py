@@ -629,6 +629,25 @@ def test_rows_of_different_length():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("held", [4, torch.tensor([4, 2])], ids=["one length", "lengths"])
+def test_a_step_compiles_whole(held):
+    torch._dynamo.reset()
+    model, x = make(n_layer=1), ids(2, 7)
+    caches = [model(x[:, :4], use_cache=True).past_key_values for _ in range(2)]
+    for made in caches:
+        made.seqlens = held if isinstance(held, int) else held.clone()
+
+    def step(tokens, past):
+        return model(tokens, past_key_values=past).logits
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for t in (4, 5, 6):
+        token = x[:, t : t + 1]
+        assert_close(compiled(token, caches[0]), step(token, caches[1]))
+    assert_close(caches[0].k, caches[1].k)
+
+
+@torch.no_grad()
 def test_rows_may_be_reordered_and_forgotten():
     model, x = make(), ids(3, 7)
     cache = model(x[:, :6], use_cache=True).past_key_values
