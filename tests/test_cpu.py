@@ -98,7 +98,10 @@ def test_what_in_place_cannot_do_takes_the_ops(leave, runs):
     assert runs == []
 
 
-@pytest.mark.parametrize("name", ["attn", "attn.c_attn", "attn.c_proj", "ln_1", "mlp", "mlp.c_fc", "mlp.c_proj", "ln_2"])
+@pytest.mark.parametrize(
+    "name",
+    ["attn", "attn.c_attn", "attn.c_proj", "mlp", "mlp.c_fc", "mlp.c_proj", "ln_1", "ln_2"],
+)
 @pytest.mark.parametrize("inference", [True, False])
 def test_a_hook_on_any_part_sees_its_output_and_can_change_it(name, inference):
     model, x = make("OpenAIGPTModel"), ids(1, 5)
@@ -261,7 +264,7 @@ def test_copies_of_an_output_hold_tensors():
         expected = model(x).logits
         for other in (pickle.loads(pickle.dumps(output)), copy.deepcopy(output)):
             assert torch.equal(other.logits, expected)
-        loss, logits = model(x, labels=x, return_dict=False)
+        _, logits = model(x, labels=x, return_dict=False)
     assert torch.equal(logits, expected)
 
 
