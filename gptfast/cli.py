@@ -188,8 +188,8 @@ def train(args: argparse.Namespace) -> None:
 
     options = Options(
         resume=args.resume,
-        save_every=args.save_every,
-        evaluate_every=args.evaluate_every,
+        save_every=500 if args.save_every is None else args.save_every,
+        evaluate_every=500 if args.evaluate_every is None else args.evaluate_every,
         log_every=args.log_every,
         progress=not args.json,
         checkpoint_activations=args.checkpoint_activations,
@@ -294,6 +294,10 @@ def _fine_tune(args: argparse.Namespace, options: Any, parallel: Any, device: to
     given = {**_given(args), "context": context}
     given.setdefault("batch_size", min(32, len(examples)))
     settings = fine_tuning_settings(len(examples), epochs=3 if args.epochs is None else args.epochs, **given)
+    epoch = len(examples) // settings.batch_size
+    for name in ("save_every", "evaluate_every"):
+        if getattr(args, name) is None:
+            options = dataclasses.replace(options, **{name: epoch})
     if parallel.is_main:
         cut = sum(example.cut for example in examples)
         print(
@@ -611,8 +615,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--dropout", type=float, help="0, with --task 0.1")
     sub.add_argument("--attention-dropout", type=float, help="as --dropout; 0 keeps a CPU on its fused attention")
-    sub.add_argument("--save-every", type=int, default=500, help="steps")
-    sub.add_argument("--evaluate-every", type=int, default=500, help="steps")
+    sub.add_argument("--save-every", type=int, help="steps; 500, with --task an epoch")
+    sub.add_argument("--evaluate-every", type=int, help="steps; 500, with --task an epoch")
     sub.add_argument("--log-every", type=int, default=50, help="steps")
     sub.add_argument("--parallel", choices=("none", "ddp", "fsdp"), help="under torchrun; ddp if not given")
     sub.add_argument("--checkpoint-activations", action="store_true", help="a fraction of the memory, more time")
