@@ -65,7 +65,7 @@ def compare(
     def contender(name: str) -> Contender:
         check = checked[name]()
         call = timed[name]() if cell.shape.get("dropout_p") else check
-        run = _graphed(call, inputs, settings) if name.endswith("CUDA graph") else _timed(cell, call, inputs, dout)
+        run = _timed(cell, call, inputs, dout)
         host = functools.partial(host_us, run) if cell.mode == "launch" else None
         return Contender(run, lambda: results(check, inputs), metrics=host)
 
@@ -81,11 +81,6 @@ def _timed(cell: Cell, call: Call, inputs: Sequence[Tensor], dout: Callable[[], 
         return lambda: torch.autograd.grad(call(*inputs), leaves, dout())
     out = functools.cache(lambda: call(*inputs))
     return lambda: torch.autograd.grad(out(), leaves, dout(), retain_graph=True)
-
-
-def _graphed(call: Call, inputs: Sequence[Tensor], settings: Settings) -> Callable[[], Any]:
-    need_gpu(settings.device, "a CUDA graph")
-    return capture(functools.partial(call, *(x.detach() for x in inputs)))
 
 
 def capture(call: Callable[[], Any]) -> Callable[[], Any]:
