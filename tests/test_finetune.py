@@ -384,6 +384,7 @@ def test_train_then_predict(base, tmp_path, capsys):
     log = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
     assert log[-1]["tokens_per_second"] > 0
     assert 0 < log[-1]["mfu"] < 1
+    assert [row["step"] for row in log if "held_out_accuracy" in row] == [4, 8]  # an epoch each
 
     unlabelled = tmp_path / "new.jsonl"
     unlabelled.write_text('{"text": "the cat"}\n{"text": "no dog"}\n')
