@@ -64,8 +64,9 @@ def run_block(block: "Block", x: Tensor, context: "AttentionContext", layer: int
         a = _causal_attention(qkv, buffers.attention)
     else:
         a = attn.attend(qkv, context, layer)[0].reshape(B * T, C)
-    for op in ("layer_norm", "linear_gelu", "layer_norm"):
-        _dispatch.select(op, "auto", _triton.why_not(x))  # so that gptfast.explain lists them
+    if _dispatch.is_recording():
+        for op in ("layer_norm", "linear_gelu", "layer_norm"):
+            _dispatch.select(op, "auto", _triton.why_not(x))
     n = _normalize(block.ln_1, _project(attn.c_proj, a, buffers.projected).add_(x))
     h = _gelu_(_project(mlp.c_fc, n, buffers.inner), approximate)
     return _normalize(block.ln_2, _project(mlp.c_proj, h, buffers.projected).add_(n)).view(B, T, C)
@@ -96,7 +97,8 @@ def _gelu_(x: Tensor, approximate: str) -> Tensor:
 
 def _causal_attention(qkv: Tensor, out: Tensor) -> Tensor:
     """Attention of qkv [B, T, 3, H, D] in ``out`` [B * T, H * D]."""
-    _dispatch.select("flash_attention", "auto", _triton.why_not(qkv))
+    if _dispatch.is_recording():
+        _dispatch.select("flash_attention", "auto", _triton.why_not(qkv))
     B, T, _, H, D = qkv.shape
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, T, D]
     o = out.view(B, T, H, D).transpose(1, 2)

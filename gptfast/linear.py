@@ -46,25 +46,26 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         largest = weight.detach().float().abs().amax(1)
-        scale = (largest / 127).clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16().float()  # as the kernel reads it
+        scale = (largest / 127).clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16()  # as the int8 matmul reads it
         rounded = (weight.detach().float() / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
         self.weight = nn.Parameter(rounded.contiguous(), requires_grad=False)
-        self.scale = nn.Parameter(scale.to(weight.dtype), requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     def dequantized(self) -> Tensor:
-        """The weight [out, in] that the int8 stand for, in the scale's dtype."""
-        return self.weight.to(self.scale.dtype) * self.scale[:, None]
+        """The weight [out, in] that the int8 stand for, in float32."""
+        return self.weight.float() * self.scale.float()[:, None]
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        rows = x.reshape(-1, self.in_features)
-        wants_grad = torch.is_grad_enabled() and x.requires_grad
-        if x.device.type == "cpu" and len(rows) <= INT8_ROWS and not wants_grad:
-            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale.bfloat16()).to(x.dtype)
+        weight, scale = self.weight, self.scale
+        rows = x if x.ndim == 2 else x.reshape(-1, self.in_features)
+        if rows.shape[0] <= INT8_ROWS and x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad):
+            y = torch._weight_int8pack_mm(rows.to(scale.dtype), weight, scale).to(x.dtype)
         else:
-            y = F.linear(rows, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
-        y = y if self.bias is None else y + self.bias
-        return y.view(*x.shape[:-1], self.out_features)
+            y = F.linear(rows, weight.to(x.dtype)) * scale.to(x.dtype)
+        if self.bias is not None:
+            y += self.bias
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], self.out_features)
 
 
 def quantize(model: nn.Module) -> nn.Module:

@@ -92,6 +92,11 @@ def select(op: str, backend: str, cannot: str | None, slower: str | None = None)
     return chosen
 
 
+def is_recording() -> bool:
+    """Whether someone collects choices: code that has none to make can save itself telling of them."""
+    return _log is not None
+
+
 @contextmanager
 def record() -> Iterator[list[Choice]]:
     """Collects every choice made inside the block, in order."""
