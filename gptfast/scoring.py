@@ -76,7 +76,9 @@ def score_ids(
     # window w predicts ids[w * stride + 1 … w * stride + context - 1]; past the first, only the last `stride` are new
     starts = range(0, max(1, len(ids) - (context - stride)), stride)
     nll, counted = 0.0, 0
-    head = model.lm_head.dequantized().to(model.dtype) if isinstance(model.lm_head, Int8Linear) else model.lm_head.weight
+    head = model.lm_head.weight
+    if isinstance(model.lm_head, Int8Linear):
+        head = model.lm_head.dequantized().to(model.dtype)
     for first in range(0, len(starts), batch_size):
         batch = starts[first : first + batch_size]
         windows = torch.full((len(batch), context), -100, dtype=torch.int64)
