@@ -10,7 +10,6 @@ import argparse
 import json
 import platform
 import random
-import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 
 from gptfast.cli import main as gptfast
-from gptfast.training import LOG_FILE, SUMMARY_FILE, read_texts, split_held_out
+from gptfast.training import SUMMARY_FILE, read_texts, split_held_out
 
 HELD_OUT = 0.05  # of each book: what the shipped model's training held out
 HELD_OUT_EXAMPLES = 600
@@ -63,23 +62,19 @@ def next_line(texts: Sequence[str], n: int, seed: int, choices: int = 2) -> list
 def fine_tune(
     task: str, rows: Sequence[dict], held_out: Sequence[dict], folder: Path, arguments: Sequence[str]
 ) -> dict:
-    """What ``gptfast train`` leaves about a run: settings, held-out accuracy, chance, seconds."""
+    """What ``gptfast train`` leaves about a run: settings, held-out accuracy, chance."""
     folder.mkdir(parents=True, exist_ok=True)
     train, valid = (write_rows(folder / name, r) for name, r in (("train.jsonl", rows), ("valid.jsonl", held_out)))
     columns = [f"choice={name}" for name in sorted(rows[0]) if name.startswith("choice")]
     command = ["train", str(train), "--task", task, "--valid", str(valid), "--output", str(folder / "model")]
     command += ["--columns", *columns] if columns else []
-    started = time.perf_counter()
     if gptfast([*command, *arguments]) != 0:
         raise SystemExit(f"gptfast {' '.join(command)} failed")
     summary = json.loads((folder / "model" / SUMMARY_FILE).read_text())
-    log = [json.loads(line) for line in (folder / "model" / LOG_FILE).read_text().splitlines()]
     found = Counter(row["label"] for row in held_out)
     return {
         **summary,
         "chance": max(found.values()) / len(held_out),  # of whoever always says the most frequent
-        "seconds": time.perf_counter() - started,
-        "tokens_per_second": sum(row["tokens_per_second"] for row in log) / len(log),
     }
 
 
