@@ -170,11 +170,11 @@ class Config:
     chunk: int | None = None  # of dQ: columns of a head worked on at a time; None: all of them
 
 
-# (kernel, dtype, largest head dim) -> target -> row. "" is every target without a row of its own; a "dropout" row comes
-# before both where there is dropout, which takes registers, and then a "padding" row. The numbers are of a packed
-# projection, causal; with any masks nothing here spills on sm_80, sm_90, sm_100 and gfx942. No row has
-# been timed. What speaks for one is that it keeps two blocks an SM where it can: inside a block nothing overlaps the
-# softmax with the products.
+# (kernel, dtype, largest head dim) -> target -> row. "" is every target without a row of its own. Before both comes a
+# "dropout" row, where there is dropout or what else takes registers, then a "padding" row. The numbers are of a packed
+# projection, causal; with any masks nothing here spills on sm_80, sm_90, sm_100 and gfx942. No row has been timed. What
+# speaks for one is that it keeps two blocks an SM where it can: inside a block nothing overlaps the softmax with the
+# products.
 CONFIGS: dict[tuple[str, str, int], dict[str, Config]] = {
     ("forward", "half", 64): {
         "": Config(64, 64, 4, 2, blocks=2),  # 176 registers on sm_80, 163 on sm_100
@@ -221,10 +221,11 @@ CONFIGS: dict[tuple[str, str, int], dict[str, Config]] = {
     },
     ("backward_dkv", "half", 128): {
         "": Config(32, 64, 4, 2, blocks=2),  # 64 queries spill
+        "sm_90": Config(16, 64, 4, 2, blocks=2),  # 32 queries spill on triton 3.6
         "sm_86": Config(16, 64, 4, 2, blocks=1),  # 32 queries spill
         "gfx942": Config(32, 64, 4, 2, registers=512),
-        "dropout": Config(32, 64, 8, 2),
-        "sm_90 dropout": Config(16, 64, 8, 2),  # 32 queries spill on triton 3.6 with a window
+        "dropout": Config(16, 64, 8, 2),  # 32 queries spill with grouped heads
+        "sm_90 dropout": Config(16, 64, 8, 1),  # two stages spill with grouped heads
         "gfx942 dropout": Config(32, 64, 4, 2, registers=512),
     },
     ("backward_dkv", "half", 256): {
@@ -237,7 +238,10 @@ CONFIGS: dict[tuple[str, str, int], dict[str, Config]] = {
     # NVIDIA multiplies IEEE float32 without matrix instructions, and a thread holds whole rows: tiles are small.
     ("forward", "float32", 64): {"": Config(32, 32, 4, 1, blocks=2)},
     ("backward_dq", "float32", 64): {"": Config(16, 32, 4, 1, blocks=2)},
-    ("backward_dkv", "float32", 64): {"": Config(16, 32, 4, 1, blocks=2)},
+    ("backward_dkv", "float32", 64): {
+        "": Config(16, 32, 4, 1, blocks=2),
+        "dropout": Config(16, 16, 4, 1, blocks=2),  # 32 keys spill with a window
+    },
     ("forward", "float32", 128): {"": Config(16, 16, 4, 1, blocks=2)},
     ("backward_dq", "float32", 128): {"": Config(16, 16, 4, 1, blocks=2, chunk=32)},
     ("backward_dkv", "float32", 128): {"": Config(16, 16, 8, 1)},
@@ -271,9 +275,9 @@ def config(
     width = next(width for width in (64, 128, 256) if head_dim <= width)
     rows = CONFIGS[kernel, "float32" if dtype == torch.float32 else "half", width]
     family = FAMILIES.get(target, "")
-    if kernel == "backward_dkv" and family == "sm_90" and (group > 1 or head_dim < width):
-        family = ""  # a loop over heads, or masks within rows: its own row spills
-    names = [f"{family} dropout", "dropout"] * dropout + [f"{family} padding"] * padding + [family, ""]
+    # a loop over heads, or masks within rows, take registers as dropout does
+    tight = dropout or (kernel == "backward_dkv" and (group > 1 or head_dim < width))
+    names = [f"{family} dropout", "dropout"] * tight + [f"{family} padding"] * padding + [family, ""]
     return next(rows[name] for name in names if name in rows)
 
 
@@ -566,8 +570,7 @@ def _attention_backward_dq(
             m, row, clear if edge else lo, hi if edge else clear, T, S, left, right, scale * LOG2E, dropout_p,
             edge == 1, PRECISION, D, CHUNK, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-    acc = tl.where((row_lse2 < float("inf"))[:, None], acc * scale, 0.0)  # no key seen: no gradient, whatever q holds
-    _store_rows(acc, dq, m, strides_dq[1], m < T, D, BLOCK_D)
+    _store_rows(acc * scale, dq, m, strides_dq[1], m < T, D, BLOCK_D)
 
 
 # ---- backward, then dK and dV: one program for a tile of keys of one key head, over its group of query heads
