@@ -218,6 +218,7 @@ CONFIGS: dict[tuple[str, str, int], dict[str, Config]] = {
         "sm_90": Config(64, 64, 4, 2, blocks=2),  # 231 registers
         "dropout": Config(16, 64, 4, 2, blocks=2),  # 32 queries spill on sm_80 with grouped heads
         "sm_90 dropout": Config(32, 64, 4, 2, blocks=2),  # 64 queries spill on triton 3.6
+        "sm_90 dropout grouped": Config(16, 64, 4, 2, blocks=2),  # 32 queries too
     },
     ("backward_dkv", "half", 128): {
         "": Config(32, 64, 4, 2, blocks=2),  # 64 queries spill
@@ -277,7 +278,8 @@ def config(
     family = FAMILIES.get(target, "")
     # a loop over heads, or masks within rows, take registers as dropout does
     tight = dropout or (kernel == "backward_dkv" and (group > 1 or head_dim < width))
-    names = [f"{family} dropout", "dropout"] * tight + [f"{family} padding"] * padding + [family, ""]
+    names = [f"{family} dropout grouped"] * (dropout and group > 1)
+    names += [f"{family} dropout", "dropout"] * tight + [f"{family} padding"] * padding + [family, ""]
     return next(rows[name] for name in names if name in rows)
 
 
