@@ -27,11 +27,12 @@ class Conv1D(nn.Module):
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module] = Conv1D) -> bool:
-    """Whether ``module`` is a ``kind`` itself, no subclass or stand-in, with nobody's hook on it.
+    """Whether ``module`` computes what a ``kind`` does, with nobody's hook on it.
 
     Then its weights can be used without calling it.
     """
-    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
+    plain = isinstance(module, kind) and type(module).forward is kind.forward and "forward" not in module.__dict__
+    return plain and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 class Int8Linear(nn.Module):

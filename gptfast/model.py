@@ -9,6 +9,7 @@ Names, arguments, outputs and ``state_dict`` keys are HuggingFace's.
 Shapes: B batch, T new positions, S all positions with the cached ones, H heads, D head dim, C = H * D width.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -231,7 +232,7 @@ class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
         shape = check_text(input_ids, inputs_embeds, token_type_ids, tokens, config.n_positions)  # [..., T]
         position_ids = check_position_ids(position_ids, shape, config.n_positions)
         context = self._context(shape, attention_mask, head_mask, past_key_values, use_cache, output_attentions)
-        T, B, cache = shape[-1], shape[:-1].numel(), context.cache
+        T, B, cache = shape[-1], math.prod(shape[:-1]), context.cache
         if position_ids is None and cache is not None:
             steps = torch.arange(T, device=cache.k.device)
             held = cache.seqlens
@@ -284,7 +285,7 @@ class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
             held = check_cache(cache, self.config, shape, linear_dtype(weight), may_be_ragged)
         padding = key_padding_mask(attention_mask, shape, held)
         if cache is None and use_cache:
-            cache = self.new_cache(shape[:-1].numel())
+            cache = self.new_cache(math.prod(shape[:-1]))
         return AttentionContext(padding, head_mask, cache, output_attentions, inference)
 
     def _recomputes(self) -> bool:
