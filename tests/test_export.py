@@ -11,12 +11,6 @@ LM, CLASSIFIER = "OpenAIGPTLMHeadModel", "OpenAIGPTForSequenceClassification"
 OPEN = {0: Dim("batch", min=1, max=64), 1: Dim("length", min=2, max=32)}
 SHAPES = [(2, 7), (1, 2), (3, 32), (5, 9)]
 
-fixed_batch = pytest.mark.xfail(
-    strict=True,
-    raises=torch._dynamo.exc.UserError,
-    reason="model.py multiplies sizes by torch.Size.numel, not math.prod",
-)
-
 
 def make(kind=LM):
     torch.manual_seed(0)
@@ -38,7 +32,6 @@ def export(model, given):
         return torch.export.export(model, (), given, dynamic_shapes=dict.fromkeys(given, OPEN))
 
 
-@fixed_batch
 @pytest.mark.parametrize("kind", [LM, CLASSIFIER])
 @pytest.mark.parametrize("padded", [False, True])
 def test_export_and_pt2_round_trip(kind, padded, tmp_path):
@@ -53,7 +46,6 @@ def test_export_and_pt2_round_trip(kind, padded, tmp_path):
                 torch.testing.assert_close(module(**inputs(B, T, padded))["logits"], expected)
 
 
-@fixed_batch
 @pytest.mark.filterwarnings("ignore")  # torch's exporter uses names that torch has deprecated
 def test_onnx(tmp_path):
     """Through PyTorch's operators, into which our own decompose, and computed by another runtime."""
