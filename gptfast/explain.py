@@ -1,4 +1,4 @@
-"""Which backend ran each op of a forward pass, and why a faster one did not."""
+"""Which backend ran each op of a forward pass, with which config, and why a faster one did not."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -16,16 +16,20 @@ class Row:
     op: str
     calls: int
     backend: str
+    config: str  # of the Triton kernel: its tile, warps and pipeline stages; empty on other backends
     reason: str  # why not triton; empty where it ran
 
 
 class Explanation(list[Row]):
-    """Rows that print as a table."""
+    """Rows that print as a table, without the column of configs where no kernel of ours ran."""
 
     def __str__(self) -> str:
-        cells = [("op", "calls", "backend", "why not triton")]
-        cells += [(row.op, str(row.calls), row.backend, row.reason) for row in self]
-        widths = [max(len(row[i]) for row in cells) for i in range(4)]
+        cells = [["op", "calls", "backend", "why not triton"]]
+        cells += [[row.op, str(row.calls), row.backend, row.reason] for row in self]
+        if any(row.config for row in self):
+            for line, config in zip(cells, ["config", *(row.config for row in self)], strict=True):
+                line.insert(3, config)
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 
 
@@ -47,7 +51,7 @@ def explain(model: nn.Module, inputs: Any, *, strict: bool = False) -> Explanati
         else:
             model(inputs)
     calls = Counter(choices)
-    rows = Explanation(Row(c.op, n, c.backend, c.reason) for c, n in calls.items())
+    rows = Explanation(Row(c.op, n, c.backend, c.config, c.reason) for c, n in calls.items())
     fallbacks = [f"{row.op} on {row.backend}: {row.reason}" for row in rows if row.backend != "triton"]
     if strict and fallbacks:
         raise RuntimeError("strict=True, but not all ops ran on triton: " + "; ".join(fallbacks))

@@ -7,7 +7,20 @@ import sys
 import pytest
 import torch
 
-from gptfast_kernels import _dispatch, _triton, get_default_backend, layer_norm, use_backend
+from gptfast_kernels import (
+    _dispatch,
+    _triton,
+    embedding,
+    flash_attention,
+    flash_attention_with_kvcache,
+    gelu,
+    get_default_backend,
+    layer_norm,
+    linear_cross_entropy,
+    linear_gelu,
+    use_backend,
+)
+from tests.support import DEVICE, INTERPRETED
 
 
 @pytest.mark.parametrize(
@@ -65,6 +78,56 @@ def test_recording_nests():
         _dispatch.select("c", "torch", None)
     assert [c.op for c in outer] == ["a", "c"]
     assert [c.op for c in inner] == ["b"]
+
+
+X, IDS = torch.zeros(3, 16, device=DEVICE, requires_grad=True), torch.zeros(1, 3, dtype=torch.int64, device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("op", "call", "config"),
+    [
+        ("layer_norm", lambda: layer_norm(X, None, None, backend="triton"), "256x16, warps=4"),
+        ("gelu", lambda: gelu(X, backend="triton"), "1x4096, warps=4"),
+        ("linear_gelu", lambda: linear_gelu(X, X, backend="triton"), "64x64x32, warps=4, stages=2"),
+        ("embedding", lambda: embedding(IDS, X, X, backend="triton"), "4x16, warps=4"),
+        ("linear_cross_entropy", lambda: linear_cross_entropy(X, X, IDS[0], backend="triton"), "1x4, warps=8"),
+        (
+            "flash_attention",
+            lambda: flash_attention(*[X[None, :, None]] * 3, backend="triton"),
+            "32x16, warps=4, stages=1",
+        ),
+        (
+            "flash_attention_with_kvcache",
+            lambda: flash_attention_with_kvcache(*[X.detach()[None, :, None]] * 3, cache_seqlens=3, backend="triton"),
+            "16x16, warps=4, stages=1",
+        ),
+    ],
+    ids=lambda x: x if isinstance(x, str) and "=" not in x else "",
+)
+def test_a_choice_holds_the_config_that_was_launched(op, call, config):
+    """The forward kernel's: backward, which comes when other choices have been made, notes nothing."""
+    with _dispatch.record() as choices:
+        out = call()
+        _dispatch.select("something else", "triton", None)
+        if out.requires_grad:
+            out.sum().backward()
+    assert [c.op for c in choices] == [op, "something else"]
+    assert choices[1].config == ""
+    assert "warps=" in choices[0].config
+    if INTERPRETED:
+        assert choices[0].config == config
+
+
+def test_a_config_belongs_to_the_choice_of_triton_before_it():
+    _dispatch.configured(1, 2, warps=4)  # nobody records
+    with _dispatch.record() as choices:
+        _dispatch.configured(1, 2, warps=4)
+        _dispatch.select("a", "torch", None)
+        _dispatch.configured(1, 2, warps=4)
+        _dispatch.select("b", "triton", None)
+        _dispatch.configured(3, 4, warps=8, stages=2)
+        _dispatch.configured(5, 6, warps=4)
+    assert [(c.op, c.config) for c in choices] == [("a", ""), ("b", "3x4, warps=8, stages=2")]
 
 
 @pytest.mark.parametrize(("value", "status"), [("reference", 0), ("cuda", 1)])

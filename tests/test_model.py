@@ -907,6 +907,16 @@ def test_explain_names_every_op_once():
     assert all(row.backend == "torch" and row.reason for row in rows)
 
 
+def test_explain_shows_the_configs_of_kernels():
+    assert "config" not in str(gptfast.explain(make(), GOOD))
+    with gptfast.use_backend("triton"):
+        rows = gptfast.explain(make(), GOOD)
+    assert all(row.backend == "triton" and "warps=" in row.config and not row.reason for row in rows)
+    header, *lines = str(rows).splitlines()
+    assert header.split() == ["op", "calls", "backend", "config", "why", "not", "triton"]
+    assert [row.config in line for row, line in zip(rows, lines, strict=True)] == [True] * 4
+
+
 def test_triton_where_it_cannot_run_raises_and_says_why():
     """No kernel takes float64, here or on any GPU."""
     model = make().double()

@@ -6,13 +6,14 @@
 
 An op calls ``select(name, backend, cannot, slower)`` with the reason its Triton kernel cannot take this call, or None,
 and the reason it would not pay, or None. ``"auto"`` takes triton where nothing speaks against it, else torch; a backend
-asked for by name is taken or raises. ``record()`` collects the choices made, which is what ``gptfast.explain`` prints.
+asked for by name is taken or raises. The launcher adds its kernel's config to a choice of triton, by ``configured``.
+``record()`` collects the choices made, which is what ``gptfast.explain`` prints.
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -23,11 +24,12 @@ BACKENDS = ("auto", "triton", "torch", "reference")
 
 @dataclass(frozen=True)
 class Choice:
-    """One op call: which backend runs it, and why a faster one does not ("" when triton runs)."""
+    """One op call: which backend runs it, why a faster one does not ("" when triton runs), and triton's config."""
 
     op: str
     backend: str
     reason: str
+    config: str = ""
 
 
 def _check(backend: str, source: str) -> str:
@@ -90,6 +92,13 @@ def select(op: str, backend: str, cannot: str | None, slower: str | None = None)
         reason = why_not if asked == "auto" else f"backend={asked!r} was asked for"
         _log.append(Choice(op, chosen, "" if chosen == "triton" else reason or ""))
     return chosen
+
+
+def configured(*tile: int, warps: int, stages: int | None = None) -> None:
+    """Notes what a forward kernel is launched with on the choice that led to it: the first launch of each counts."""
+    if _log and _log[-1].backend == "triton" and not _log[-1].config:
+        config = f"{'x'.join(map(str, tile))}, warps={warps}" + (f", stages={stages}" if stages else "")
+        _log[-1] = replace(_log[-1], config=config)
 
 
 def is_recording() -> bool:

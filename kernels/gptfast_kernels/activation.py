@@ -201,6 +201,7 @@ def _forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     M, N = x.shape
     if M and N:
         rows, block = _tile(FORWARD, N, M > 1)
+        _dispatch.configured(rows, block, warps=FORWARD.warps)
         with _triton.on(x):
             _gelu_forward_kernel[(triton.cdiv(M, rows) * triton.cdiv(N, block),)](
                 x,

@@ -676,6 +676,8 @@ def _launch(kernel: str, q: Tensor, k: Tensor, tensors: tuple, strided: tuple[Te
     row = config(kernel, _triton.target(q.device), q.dtype, D, H // Hkv, seed is not None, padding is not None)
     tiles = triton.cdiv(S, row.block_n) * Hkv if kernel == "backward_dkv" else triton.cdiv(T, row.block_m) * H
     sequences = B if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+    if kernel == "forward":
+        _dispatch.configured(row.block_m, row.block_n, warps=row.num_warps, stages=row.num_stages)
     with _triton.on(q):
         KERNELS[kernel][(tiles * sequences,)](
             *tensors, cu_seqlens_q, cu_seqlens_k, padding, seed,

@@ -336,6 +336,7 @@ def _launch(
         lse2 = torch.empty((n, B, T, H), dtype=torch.float32, device=q.device)
     strides = [s for x in (q, k_cache, v_cache, k, v) for s in (x.stride()[:3] if x is not None else (0, 0, 0))]
     block_d = max(16, triton.next_power_of_2(D))
+    _dispatch.configured(BLOCK_M, row.block_n, warps=row.num_warps, stages=row.num_stages)
     with _triton.on(q):
         _decode_kernel[(programs, n)](
             q, k_cache, v_cache, k, v, None if seqlens is None else seqlens.contiguous(), parts, lse2,

@@ -217,6 +217,7 @@ def _forward(
     if M and N:
         token_weight, position_weight = as_rows(token_weight), as_rows(position_weight)
         block = _block(FORWARD, N)
+        _dispatch.configured(FORWARD.rows, block, warps=FORWARD.warps)
         with _triton.on(token_weight):
             _embedding_forward_kernel[(triton.cdiv(M, FORWARD.rows) * triton.cdiv(N, block),)](
                 input_ids.contiguous(),

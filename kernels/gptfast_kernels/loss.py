@@ -135,6 +135,8 @@ def _rows_triton(z: Tensor, target: Tensor, dloss: Tensor | None, ignore_index: 
     """As ``_rows_torch``; z becomes dz."""
     n, V = z.shape
     loss = z.new_empty(n, dtype=torch.float32)
+    block = min(ROW.block, triton.next_power_of_2(V))
+    _dispatch.configured(1, block, warps=ROW.warps)
     with _triton.on(z):
         _cross_entropy_kernel[(n,)](
             z,
@@ -144,7 +146,7 @@ def _rows_triton(z: Tensor, target: Tensor, dloss: Tensor | None, ignore_index: 
             V,
             z.stride(0),
             ignore_index,
-            BLOCK=min(ROW.block, triton.next_power_of_2(V)),
+            BLOCK=block,
             num_warps=ROW.warps,
         )
     return loss, z

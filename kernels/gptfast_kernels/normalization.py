@@ -290,6 +290,7 @@ def _forward(
     if M and N:
         how = config(FORWARD, N)
         rows, block = how.tile(N)
+        _dispatch.configured(rows, block, warps=how.warps)
         with _triton.on(x):
             _layer_norm_forward_kernel[(triton.cdiv(M, rows),)](
                 x,

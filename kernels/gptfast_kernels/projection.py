@@ -122,6 +122,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, w
     if M and N:
         how = config(_triton.target(x.device), x.dtype)
         tiles = triton.cdiv(M, how.block_m) * triton.cdiv(N, how.block_n)
+        _dispatch.configured(how.block_m, how.block_n, how.block_k, warps=how.warps, stages=how.stages)
         with _triton.on(x):
             _linear_gelu_kernel[(min(tiles, _triton.multiprocessors(x.device)),)](
                 x,
