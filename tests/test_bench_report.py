@@ -173,20 +173,66 @@ def test_every_committed_result_is_whole():
             assert content[name], file
 
 
+def readme(rows, folder, name="some-cpu", **what):
+    (folder / name).mkdir(exist_ok=True)
+    (folder / name / REPORT).write_text(json.dumps(run(rows, **what)))
+    return report.with_blocks(f"before\n<!-- bench: {name} -->\nold\n<!-- /bench -->\nafter\n", folder)
+
+
 def test_a_readme_table_has_every_cell_with_the_best_in_bold_whoever_it_is(tmp_path):
     lost = [row("SDPA", 4.0, shape={"T": 64}), row("gptfast", 5.0, shape={"T": 64})]
-    (tmp_path / "some-cpu").mkdir()
-    (tmp_path / "some-cpu" / REPORT).write_text(json.dumps(run([*ROWS[2:6], *lost])))
-    text = report.with_blocks("before\n<!-- bench: some-cpu -->\nold\n<!-- /bench -->\nafter\n", tmp_path)
-    assert text.startswith("before\n<!-- bench: some-cpu -->\n| | SDPA | gptfast |\n")
+    text = readme([*ROWS[2:6], *lost], tmp_path)
+    assert text.startswith(
+        "before\n<!-- bench: some-cpu -->\n| | SDPA | gptfast | gptfast to the strongest peer | of limit |\n"
+    )
     assert text.endswith("<!-- /bench -->\nafter\n")
     won, behind = [line for line in text.splitlines() if line.startswith("| attention")]
-    assert re.fullmatch(r"\| attention forward 4 × 512 \| 10\.\d ms \| \*\*5\.\d+ ms, (1\.9|2\.0)\d×\*\* \|", won)
-    assert re.fullmatch(r"\| attention forward 4 × 64 \| \*\*[34]\.\d+ ms\*\* \| [45]\.\d+ ms, 0\.[78]\d× \|", behind)
-    assert "2 threads of Xeon & Co; torch 2.13; commit abc; `gptfast bench <fast>`" in text
+    assert re.fullmatch(
+        r"\| attention forward 4 × 512 \| 10\.\d ms \| \*\*5\.\d+ ms\*\* \| (1\.9|2\.0)\d× SDPA \| 3 % \|", won
+    )
+    assert re.fullmatch(
+        r"\| attention forward 4 × 64 \| \*\*[34]\.\d+ ms\*\* \| [45]\.\d+ ms \| lost, 0\.[78]\d× SDPA \| 0 % \|",
+        behind,
+    )
+    assert "float32 on 2 threads of Xeon & Co; torch 2.13; commit abc; `gptfast bench <fast>`" in text
     assert report.with_blocks(text, tmp_path) == text
     with pytest.raises(FileNotFoundError):
         report.with_blocks(text.replace("some-cpu", "nowhere"), tmp_path)
+
+
+def test_a_readme_table_compares_like_with_like(tmp_path):
+    """Coarser weights are shown, yet neither bold nor a peer; what is within the noise is marked; the peer is named."""
+    names = (("transformers", 30.0), ("hand-made SDPA", 12.0), ("gptfast", 10.0))
+    rows = [row(name, ms, baseline="transformers") for name, ms in names]
+    coarse = row("gptfast int8", 3.0, baseline="transformers", computes_in="int8")
+    (line,) = [line for line in readme([*rows, coarse], tmp_path).splitlines() if line.startswith("| attention")]
+    _, _, _, ours, int8, against, _ = line.removeprefix("| ").split(" | ")
+    assert ours.startswith("**")
+    assert re.fullmatch(r"[23]\.\d+ ms", int8)
+    assert re.fullmatch(r"1\.[12]\d× hand-made SDPA", against)
+    near = [row("SDPA", 10.0, spread=0.3), row("gptfast", 10.0, spread=0.3)]
+    assert re.search(r"\| ~[01]\.\d\d× SDPA \|", readme(near, tmp_path))
+
+
+def test_a_readme_table_shows_what_is_wrong_or_not_there(tmp_path):
+    two = [
+        {**each, "dtype": dtype}
+        for dtype in ("float32", "bfloat16")
+        for each in (row("SDPA", 9.0), row("gptfast", 5.0))
+    ]
+    two[-1] |= {"status": "wrong", "reason": "off"}
+    text = readme([*two, *ROWS[6:8]], tmp_path, complete=False, left=["one"])
+    (line,) = [line for line in text.splitlines() if line.startswith("| attention forward 4 × 512, bfloat16")]
+    assert line.endswith("| wrong | – | – |")
+    assert "Not all was measured: 1 cells are left." in text
+    assert "parts" not in text  # a picture, not a figure
+
+
+def test_a_page_without_a_block_is_named_and_not_left_as_if_it_had_been_made(tmp_path, capsys):
+    page = tmp_path / "README.md"
+    page.write_text("no table here\n")
+    with pytest.raises(SystemExit, match=r"README\.md has no block"):
+        report.main([str(page)])
 
 
 @pytest.mark.parametrize(

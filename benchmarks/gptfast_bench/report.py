@@ -171,30 +171,59 @@ def to_csv(report: Mapping[str, Any]) -> str:
 
 
 def readme_block(report: Mapping[str, Any]) -> str:
-    """Every cell with every provider that ran one, ours last; the best of a row in bold, whoever it is."""
-    cells = cells_of(report["rows"])
-    ran = dict.fromkeys(row["provider"] for row in report["rows"] if value_of(row))
+    """A line a cell: each provider's figure, ours last; ours against the strongest peer, and its share of the limit.
+
+    The best of those that compute in the cell's own dtype is in bold, whoever it is; a cell that we lose says "lost".
+    """
+    cells = [rows for rows in cells_of(report["rows"]).values() if rows[0]["mode"] != "parts"]  # which is a picture
+    ran = dict.fromkeys(row["provider"] for rows in cells for row in rows if value_of(row))
     providers = sorted(ran, key=is_ours)  # stable
-    lines = ["| | " + " | ".join(providers) + " |", "|---|" + "---:|" * len(providers)]
-    for rows in cells.values():
+    dtypes = dict.fromkeys(rows[0]["dtype"] for rows in cells)
+    limits = limits_of(report)
+    lines = ["| | " + " | ".join([*providers, "gptfast to the strongest peer", "of limit"]) + " |"]
+    lines.append("|---|" + "---:|" * (len(providers) + 2))
+    for rows in cells:
         by_name = {row["provider"]: row for row in rows}
-        measured = {name: value for name, row in by_name.items() if (value := value_of(row))}
-        best, baseline = min(measured, key=lambda name: measured[name], default=None), baseline_of(rows)
-        entries = []
-        for name in providers:
-            if name not in measured:
-                entries.append("–" if by_name.get(name, {}).get("status") != "wrong" else "wrong")
-                continue
-            ratio = speedup(by_name[name], baseline)
-            shown = _quantity(by_name[name]) + (
-                f", {ratio:.2f}×" if ratio and name != by_name[name]["baseline"] else ""
-            )
-            entries.append(f"**{shown}**" if name == best else shown)
-        lines.append(f"| {_describe(rows[0])} | " + " | ".join(entries) + " |")
+        best = min(filter(_same_dtype, rows), key=lambda row: value_of(row) or math.inf, default=None)
+        entries = [_entry(by_name.get(name), best) for name in providers]
+        mine = by_name.get("gptfast")
+        share = limits.share(mine) if mine and value_of(mine) else None
+        entries += [_against_peers(mine, rows), f"{100 * share[0]:.0f} %" if share else "–"]
+        dtype = f", {rows[0]['dtype']}" if len(dtypes) > 1 else ""
+        lines.append(f"| {_describe(rows[0])}{dtype} | " + " | ".join(entries) + " |")
     e = report["environment"]
     versions = ", ".join(f"{name} {e[name]}" for name in ("torch", "triton", "transformers") if e.get(name))
     where = f"{e['threads']} threads of {e['device']}" if e["kind"] == "cpu" else e["device"]
-    return "\n".join([*lines, "", f"{where}; {versions}; commit {e['commit']}; `{report['command']}`.", ""])
+    legend = (
+        "Less is better; bold: the best in the cell's own dtype. Strongest peer: the best there that is not ours; "
+        "~: a difference within the noise. Of limit: the least time that gptfast's bytes and operations take at the "
+        "bandwidth and matmul rate measured beside it, over its time."
+    )
+    left = "" if report["complete"] else f" Not all was measured: {len(report['left'])} cells are left."
+    what = f"{', '.join(dtypes)} on {where}; {versions}; commit {e['commit']}; `{report['command']}`.{left}"
+    return "\n".join([*lines, "", legend, what, ""])
+
+
+def _same_dtype(row: Row) -> bool:
+    """Whether the row was measured, and computes in its cell's dtype; memory and launches do not say, and do."""
+    return bool(value_of(row)) and row.get("computes_in", row["dtype"]) == row["dtype"]
+
+
+def _entry(row: Row | None, best: Row | None) -> str:
+    if row is None or not value_of(row):
+        return row["status"] if row and row["status"] in ("wrong", "failed") else "–"
+    return f"**{_quantity(row)}**" if row is best else _quantity(row)
+
+
+def _against_peers(mine: Row | None, rows: Sequence[Row]) -> str:
+    """How many times as good as the strongest peer ours is, and who that is."""
+    peers = [row for row in rows if _same_dtype(row) and not is_ours(row["provider"])]
+    peer = min(peers, key=lambda row: value_of(row) or math.inf, default=None)
+    if mine is None or peer is None or not (ratio := speedup(mine, peer)):
+        return "–"
+    noise = is_noise(mine, peer)
+    lost = "lost, " if ratio < 1 and not noise else ""
+    return f"{lost}{'~' if noise else ''}{ratio:.2f}× {peer['provider']}"
 
 
 def _quantity(row: Row) -> str:
@@ -231,7 +260,15 @@ def with_blocks(page: str, results: Path = RESULTS) -> str:
     return BLOCK.sub(block, page)
 
 
-if __name__ == "__main__":
-    for name in sys.argv[1:]:
+def main(names: Sequence[str]) -> None:
+    for name in names:
         file = Path(name)
-        file.write_text(with_blocks(file.read_text(encoding="utf-8")), encoding="utf-8")
+        page = file.read_text(encoding="utf-8")
+        if not (blocks := [match[2] for match in BLOCK.finditer(page)]):
+            sys.exit(f"{name} has no block between <!-- bench: NAME --> and <!-- /bench -->")
+        file.write_text(with_blocks(page), encoding="utf-8")
+        print(f"{name}: {', '.join(blocks)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
