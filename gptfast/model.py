@@ -23,6 +23,7 @@ from gptfast_kernels import (
     embedding,
     flash_attention,
     flash_attention_qkvpacked,
+    flash_attention_varlen,
     flash_attention_with_kvcache,
     gelu,
     layer_norm,
@@ -53,6 +54,8 @@ class AttentionContext:
     output_attentions: bool
     inference: bool  # no dropout, no gradient
     buffers: cpu.Buffers | None = None  # where a CPU computes blocks in place
+    cu_seqlens: Tensor | None = None  # int32 [R + 1]: B is 1, its T positions are R sequences, each sees only itself
+    max_seqlen: int = 0  # the longest of them
 
 
 class Attention(nn.Module):
@@ -77,7 +80,11 @@ class Attention(nn.Module):
         cache, padding, probs = context.cache, context.key_padding_mask, None
         a: Any
 
-        if cache is None and not context.output_attentions:
+        if context.cu_seqlens is not None:
+            q, k, v = qkv.squeeze(0).unbind(1)
+            starts, longest = context.cu_seqlens, context.max_seqlen
+            a = flash_attention_varlen(q, k, v, starts, starts, longest, longest, dropout_p=dropout_p)[None]
+        elif cache is None and not context.output_attentions:
             a = flash_attention_qkvpacked(qkv, key_padding_mask=padding, dropout_p=dropout_p)
         elif cache is not None and padding is None and not context.output_attentions and context.inference:
             q, k, v = qkv.unbind(2)

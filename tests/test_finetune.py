@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from gptfast import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 from gptfast.cli import main
+from gptfast.model import Attention
 from gptfast.tokenizer import train_tokenizer
 from gptfast.training import (
     LOG_FILE,
@@ -196,6 +197,29 @@ def test_packed_equals_padded(kind, base, tmp_path):
         results.append([loss.detach(), *(p.grad.clone() for p in objective.parameters())])
     for packed, padded in zip(*results, strict=True):
         torch.testing.assert_close(packed, padded, rtol=1e-10, atol=1e-12)
+
+
+def test_packing_calls_what_others_put_in_the_model(base, tmp_path):
+    """An attention of one's own, and hooks on it and on the token table, do in a packed batch what they do elsewhere."""
+    model, _, examples = load("classification", base, tmp_path, dropout=0.0, attention_dropout=0.0)
+
+    class Louder(Attention):
+        def attend(self, qkv, context, layer):
+            a, probs = super().attend(qkv, context, layer)
+            return 2 * a, probs
+
+        def forward(self, x, context, layer):
+            a, probs = super().forward(x, context, layer)
+            return a + 1, probs
+
+    body, seen = model.transformer, []
+    body.h[0].attn.__class__ = Louder
+    body.h[1].attn.register_forward_hook(lambda module, inputs, output: seen.append(type(module)))
+    body.tokens_embed.register_forward_hook(lambda module, inputs, output: 3 * output)
+    objective = objective_for(model.double(), TASKS["classification"], fine_tuning_settings(24, batch_size=24)).eval()
+    packed, padded = (objective(Examples(examples, batch_size=24, pack_above=p).batch(0)) for p in (0.0, 1.0))
+    torch.testing.assert_close(packed, padded, rtol=1e-10, atol=1e-12)
+    assert seen == [Attention, Attention]
 
 
 @pytest.mark.parametrize("kind", ["classification", "multiple-choice", "regression", "language-modeling"])

@@ -8,7 +8,6 @@ code took the mean over each sequence's tokens first; ours weighs every token al
 Shapes: E examples, S sequences an example, C width, L labels.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,49 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gptfast_kernels import embedding, flash_attention_varlen, linear_cross_entropy
+from gptfast_kernels import linear_cross_entropy
 
 from ..heads import OpenAIGPTDoubleHeadsModel, OpenAIGPTLMHeadModel
-from ..model import Attention, AttentionContext, OpenAIGPTModel
+from ..model import AttentionContext, OpenAIGPTModel
 from .batch import Batch
-
-
-@dataclass
-class PackedContext(AttentionContext):
-    cu_seqlens: Tensor | None = None  # int32 [R + 1]
-    max_seqlen: int = 0
-
-
-class PackedAttention(Attention):
-    """Attention over sequences laid end to end, each of which sees only itself."""
-
-    def forward(self, x: Tensor, context: AttentionContext, layer: int) -> tuple[Tensor, Tensor | None]:
-        """x [1, total, C] -> (projected attention [1, total, C], None)."""
-        assert isinstance(context, PackedContext)
-        assert context.cu_seqlens is not None
-        _, total, C = x.shape
-        q, k, v = self.c_attn(x).view(total, 3, self.n_head, C // self.n_head).unbind(1)
-        starts, longest = context.cu_seqlens, context.max_seqlen
-        dropout_p = self.dropout_p if self.training else 0.0
-        a = flash_attention_varlen(q, k, v, starts, starts, longest, longest, dropout_p=dropout_p)
-        return self.c_proj(a.reshape(1, total, C)), None
-
-
-def _run_packed(block: Any, x: Tensor, context: PackedContext, layer: int) -> Tensor:
-    """The block, its attention packed for this one call (and for the call that recomputes it)."""
-    usual = type(block.attn)
-    block.attn.__class__ = PackedAttention
-    try:
-        return block(x, context, layer)[0]
-    finally:
-        block.attn.__class__ = usual
 
 
 def packed_states(body: OpenAIGPTModel, batch: Batch) -> Tensor:
     """The last hidden state of packed sequences, [1, total, C]: what ``body`` gives for each sequence alone."""
-    assert batch.cu_seqlens is not None
-    dropout_p = body.config.embd_pdrop if body.training else 0.0
-    context = PackedContext(
+    context = AttentionContext(
         key_padding_mask=None,
         head_mask=None,
         cache=None,
@@ -67,14 +33,13 @@ def packed_states(body: OpenAIGPTModel, batch: Batch) -> Tensor:
         cu_seqlens=batch.cu_seqlens,
         max_seqlen=batch.max_seqlen,
     )
-    tokens, positions = body.tokens_embed.weight, body.positions_embed.weight
-    x = embedding(batch.input_ids, tokens, positions, position_ids=batch.position_ids, dropout_p=dropout_p)
-    recompute = body.gradient_checkpointing and body.training and torch.is_grad_enabled()
+    x = body._embed(batch.input_ids, None, None, batch.position_ids, *batch.input_ids.shape)
+    recompute = body._recomputes()
     for layer, block in enumerate(body.h):
         if recompute:
-            x = checkpoint(_run_packed, block, x, context, layer, **body.checkpoint_kwargs)
+            x, _ = checkpoint(block, x, context, layer, **body.checkpoint_kwargs)
         else:
-            x = _run_packed(block, x, context, layer)
+            x, _ = block(x, context, layer)
     return x
 
 
