@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gptfast_kernels import _dispatch, _triton
 
-from .linear import is_plain
+from .linear import Conv1D
 
 if TYPE_CHECKING:
     from .model import AttentionContext, Block
@@ -49,6 +49,7 @@ def applies(x: Tensor) -> bool:
         and _dispatch.get_default_backend() in ("auto", "torch")
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()  # vmap takes no ``out=``
     )
 
 
@@ -57,7 +58,7 @@ def run_block(block: "Block", x: Tensor, context: "AttentionContext", layer: int
     buffers, attn, mlp = context.buffers, block.attn, block.mlp
     assert buffers is not None
     B, T, C = x.shape
-    x = x.view(B * T, C)
+    x = x.reshape(B * T, C)
 
     qkv = _project(attn.c_attn, x, buffers.qkv).view(B, T, 3, attn.n_head, C // attn.n_head)
     if context.cache is None and context.key_padding_mask is None and T >= 2 * QUERIES:
@@ -73,8 +74,8 @@ def run_block(block: "Block", x: Tensor, context: "AttentionContext", layer: int
 
 
 def _project(layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
-    """layer(x) [N, columns], in ``out`` if the layer is a plain Conv1D."""
-    if not is_plain(layer):
+    """layer(x) [N, columns], in ``out`` unless its weight is int8."""
+    if not isinstance(layer, Conv1D):
         return layer(x)
     return torch.mm(x, layer.weight, out=out).add_(layer.bias)  # type: ignore[arg-type]
 

@@ -10,6 +10,7 @@ Shapes: x [..., in].
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 INT8_ROWS = 8  # rows of x up to which PyTorch's int8 matmul is faster than widening the weight for its float one
 
@@ -26,13 +27,24 @@ class Conv1D(nn.Module):
         return F.linear(x, self.weight.t(), self.bias)
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether a call of ``module`` does more than its class says: somebody's hooks, or a ``forward`` set on it."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or _has_any_global_hook()
+    )
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module] = Conv1D) -> bool:
-    """Whether ``module`` computes what a ``kind`` does, with nobody's hook on it.
+    """Whether ``module`` computes what a ``kind`` does, and nobody watches it.
 
     Then its weights can be used without calling it.
     """
-    plain = isinstance(module, kind) and type(module).forward is kind.forward and "forward" not in module.__dict__
-    return plain and not (module._forward_hooks or module._forward_pre_hooks)
+    return isinstance(module, kind) and type(module).forward is kind.forward and not is_watched(module)
 
 
 class Int8Linear(nn.Module):

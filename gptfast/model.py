@@ -36,7 +36,7 @@ from . import cpu
 from .cache import KVCache
 from .config import OpenAIGPTConfig
 from .inputs import check_cache, check_head_mask, check_position_ids, check_text, key_padding_mask
-from .linear import Conv1D, is_plain
+from .linear import Conv1D, Int8Linear, is_plain
 from .outputs import BaseModelOutput
 from .pretrained import OpenAIGPTPreTrainedModel
 
@@ -168,9 +168,15 @@ class Block(nn.Module):
         return layer_norm(x, ln.weight, ln.bias, residual=residual, dropout_p=dropout_p, eps=ln.eps)
 
     def _is_plain(self) -> bool:
-        """Whether every part is what was built here, with nobody's hook on it."""
-        parts = ((self.attn, Attention), (self.ln_1, nn.LayerNorm), (self.mlp, MLP), (self.ln_2, nn.LayerNorm))
-        return all(is_plain(module, kind) for module, kind in parts)
+        """Whether every part is what was built here, drops nothing, and nobody sees what is in between."""
+        attn, mlp = self.attn, self.mlp
+        return (
+            is_plain(attn, Attention)
+            and is_plain(mlp, MLP)
+            and all(is_plain(ln, nn.LayerNorm) for ln in (self.ln_1, self.ln_2))
+            and all(is_plain(x) or is_plain(x, Int8Linear) for x in (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj))
+            and not (self.training or attn.training)
+        )
 
 
 class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
@@ -306,18 +312,17 @@ class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
     def _embed(self, input_ids, inputs_embeds, token_type_ids, position_ids, B, T) -> Tensor:  # [B, T, C]
         dropout_p = self.config.embd_pdrop if self.training else 0.0
         types = None if token_type_ids is None else token_type_ids.reshape(-1, T).expand(B, T)
-        tokens, positions = self.tokens_embed.weight, self.positions_embed.weight
-        if inputs_embeds is None and not is_plain(self.tokens_embed, nn.Embedding):
-            inputs_embeds = self.tokens_embed(input_ids.reshape(B, T))
-        if inputs_embeds is None:
+        tokens, positions = self.tokens_embed, self.positions_embed
+        if inputs_embeds is None and is_plain(tokens, nn.Embedding) and is_plain(positions, nn.Embedding):
             return embedding(
                 input_ids.reshape(B, T),
-                tokens,
-                positions,
+                tokens.weight,
+                positions.weight,
                 position_ids=position_ids,
                 token_type_ids=types,
                 dropout_p=dropout_p,
             )
-        x = inputs_embeds + (positions[:T] if position_ids is None else F.embedding(position_ids, positions))
-        x = x if types is None else x + F.embedding(types, tokens)
+        x = tokens(input_ids.reshape(B, T)) if inputs_embeds is None else inputs_embeds
+        x = x + positions(torch.arange(T, device=x.device) if position_ids is None else position_ids)
+        x = x if types is None else x + tokens(types)
         return F.dropout(x, dropout_p) if dropout_p else x

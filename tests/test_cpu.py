@@ -142,11 +142,102 @@ def test_a_layer_put_in_anothers_place_is_called(name, inference):
         torch.testing.assert_close(swapped, model(x).last_hidden_state, rtol=1e-4, atol=1e-4)
 
 
-def test_a_hook_on_the_token_table_changes_the_embeddings():
+PARTS = ["tokens_embed", "positions_embed"] + [
+    f"h.0.{name}" for name in ("attn", "attn.c_attn", "attn.c_proj", "mlp", "mlp.c_fc", "mlp.c_proj", "ln_1", "ln_2")
+]
+
+
+def test_what_a_hook_keeps_stays_as_it_was():
+    """The same tensors, in the same shapes, with and without autograd: nothing behind writes to them."""
+    model, x, kept = make("OpenAIGPTModel"), ids(2, 5), []
+
+    def keep(_, inputs, output):
+        kept.append((inputs[0].detach(), (output[0] if isinstance(output, tuple) else output).detach()))
+
+    for name in PARTS:
+        model.get_submodule(name).register_forward_hook(keep)
+    model(x)
+    with torch.no_grad():
+        model(x)
+    assert len(kept) == 2 * len(PARTS)
+    for ours, theirs in zip(kept[len(PARTS) :], kept, strict=False):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("inference", [True, False])
+def test_a_forward_that_is_set_on_a_part_is_called(name, inference):
+    """As accelerate does it."""
+    model, x, calls = make("OpenAIGPTModel"), ids(1, 5), []
+    part = model.get_submodule(name)
+    forward = part.forward
+    part.forward = lambda *args: calls.append(1) or forward(*args)
+    with torch.set_grad_enabled(not inference):
+        model(x)
+    assert calls == [1]
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # ids have no gradient
+@pytest.mark.parametrize("name", [*PARTS, "lm_head"])
+def test_a_backward_hook_on_any_part_is_called(name):
+    model, x, calls = make(), ids(1, 5), []
+    part = model.lm_head if name == "lm_head" else model.transformer.get_submodule(name)
+    part.register_full_backward_hook(lambda *_: calls.append(1))
+    model(x, labels=x).loss.backward()
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_a_hook_on_every_module_is_called_for_every_module(inference):
+    model, x, called = make("OpenAIGPTModel"), ids(1, 5), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(module))
+    try:
+        with torch.set_grad_enabled(not inference):
+            model(x)
+    finally:
+        handle.remove()
+    assert set(called) == {module for module in model.modules() if module is not model.h}
+
+
+def test_hooks_on_the_tables_change_the_embeddings():
     model, x = make("OpenAIGPTModel"), ids(2, 5)
-    expected = model(inputs_embeds=3 * model.tokens_embed(x)).last_hidden_state
+    types = x.flip(0)
+    embeds = 3 * (model.tokens_embed(x) + model.tokens_embed(types)) + 2 * model.positions_embed.weight[:5]
+    expected = model(inputs_embeds=embeds - model.positions_embed.weight[:5]).last_hidden_state
     model.tokens_embed.register_forward_hook(lambda _, __, output: 3 * output)
-    torch.testing.assert_close(model(x).last_hidden_state, expected)
+    model.positions_embed.register_forward_hook(lambda _, __, output: 2 * output)
+    torch.testing.assert_close(model(x, token_type_ids=types).last_hidden_state, expected)
+
+
+def test_embeddings_of_any_strides():
+    model = make("OpenAIGPTModel")
+    embeds = torch.randn(5, 2, C).transpose(0, 1)
+    with torch.no_grad():
+        ours, expected = model(inputs_embeds=embeds), model(inputs_embeds=embeds.contiguous())
+    assert torch.equal(ours.last_hidden_state, expected.last_hidden_state)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of PyTorch's attention, under vmap
+def test_an_ensemble_under_vmap():
+    models, x = [make("OpenAIGPTModel"), make("OpenAIGPTModel")], ids(2, 5)
+    with torch.no_grad():
+        models[1].h[0].mlp.c_fc.weight.mul_(1.1)
+        stacked = torch.func.stack_module_state(models)
+
+        def run(parameters, buffers):
+            return torch.func.functional_call(models[0], (parameters, buffers), (x,)).last_hidden_state
+
+        both = torch.func.vmap(run)(*stacked)
+        for ours, model in zip(both, models, strict=True):
+            torch.testing.assert_close(ours, model(x).last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("part", "rate"), [("h.0", "resid_pdrop"), ("h.1.attn", "attn_pdrop")])
+def test_a_part_in_training_mode_drops(part, rate):
+    model, x = make("OpenAIGPTModel", **{"resid_pdrop": 0.0, "attn_pdrop": 0.0, rate: 0.5}), ids(1, 5)
+    model.get_submodule(part).train()
+    with torch.no_grad():
+        assert not torch.equal(model(x).last_hidden_state, model(x).last_hidden_state)
 
 
 def test_results_outlive_the_next_forward_pass():
