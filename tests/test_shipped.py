@@ -81,3 +81,15 @@ def test_held_out_perplexity_is_what_the_summary_says():
     assert score.tokens == SUMMARY["held_out_tokens"]
     assert score.perplexity == pytest.approx(SUMMARY["held_out_perplexity"], rel=1e-3)  # float16 against float32
     assert score.bits_per_byte == pytest.approx(SUMMARY["held_out_bits_per_byte"], rel=1e-3)
+
+
+def test_readme_states_what_each_dtype_costs():
+    figures = json.loads((ROOT / "benchmarks" / "results" / "dtypes-cpu.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert f"the largest logit is {figures['largest_logit']:.1f}" in readme
+    for title, key, form in (
+        ("perplexity a token", "perplexity", ".3f"),
+        ("largest error of a logit, one pass", "logit_error", ".1e"),
+        ("… decoded one by one", "logit_error_decoding", ".1e"),
+    ):
+        assert f"| {title} | " + " | ".join(f"{row[key]:{form}}" for row in figures["dtypes"]) + " |" in readme
