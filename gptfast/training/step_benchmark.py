@@ -159,7 +159,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, row in rows.items():
             if abs(row["loss"] - rows["gptfast"]["loss"]) > (1e-3 if dtype == "float32" else 2e-2):
                 raise ValueError(f"{name}'s loss is {row['loss']}, ours is {rows['gptfast']['loss']}")
-    print(json.dumps({"shape": [args.batch_size, args.context], "dtype": dtype, "device": args.device, **rows}))
+    where = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    where["cpu"] = torch.backends.cpu.get_cpu_capability()
+    size = {"shape": [args.batch_size, args.context], "dtype": dtype, "device": args.device}
+    print(json.dumps(size | where | rows))
 
 
 if __name__ == "__main__":
