@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from gptfast_bench import normalization, suite
+from gptfast_bench import model, normalization, suite
 from gptfast_bench.harness import Cell, Contender, Limits, Settings, choose, error_of, noise_of, run_cell, time_in_turn
 from tests.support import DEVICE
 
@@ -47,6 +47,20 @@ def test_coarser_weights_are_rows_of_their_own(mode):
             assert rows["gptfast"]["error"] < 1e-5 < 1e-4 < rows[name]["error"]
             assert rows[name]["bytes"] < rows["gptfast"]["bytes"]
     assert rows["transformers"]["status"] == "unavailable"
+
+
+@pytest.mark.parametrize("broken", ["repeats", "is one position off"])
+def test_a_text_that_is_generated_wrongly_is_caught(broken):
+    """With a head that is the token table, random weights name the last token again, unless positions outweigh it."""
+    pytest.importorskip("transformers", reason="the baseline of the model's cells")
+    cell = next(cell for cell in SMOKE if cell.op == "model" and cell.mode == "generate")
+    task = model.task(cell, SETTINGS)
+    contender = task.providers["gptfast"]()
+    made, T = contender.run(), cell.shape["T"]
+    assert error_of(contender.judge(made), task.expected()) < 1e-5
+    prompt, new = made[:, :T], made[:, T:]
+    wrong = made[:, T - 1 : T].expand_as(new) if broken == "repeats" else new.roll(1, -1)
+    assert error_of(contender.judge(torch.cat([prompt, wrong], 1)), task.expected()) > 6e-2
 
 
 def test_a_wrong_kernel_is_caught_and_never_timed(monkeypatch):
@@ -148,11 +162,13 @@ def test_baselines_choose_what_runs_beside_ours():
 
 def test_shares_of_the_limits():
     limits = Limits(copy_gb_s=10.0, read_gb_s=20.0, matmul_tflop_s={"float32": 0.1})
-    row = {"ms": 2.0, "bytes": 20e6, "flops": 50e6, "tflop_s": 0.025, "computes_in": "float32"}
+    row = {"ms": 2.0, "bytes": 20e6, "flops": 50e6, "tflop_s": 0.025, "dtype": "float32", "computes_in": "float32"}
     assert limits.share(row) == (pytest.approx(0.5), "memory")  # 1 ms to read, 0.5 ms to compute
     assert limits.flop_share(row) == pytest.approx(0.25)
     assert limits.share(row | {"flops": 200e6}) == (pytest.approx(1.0), "arithmetic")
-    assert limits.share(row | {"computes_in": "int8"})[1] == "memory"
+    assert limits.share(row | {"flops": 200e6, "computes_in": "int8"}) == (pytest.approx(1.0), "arithmetic")
+    assert limits.share(row | {"computes_in": "bfloat16"}) is None  # a rate that was not measured
+    assert limits.share(row | {"flops": 0, "computes_in": "bfloat16"})[1] == "memory"
     assert limits.share({"ms": 2.0}) is None
 
 

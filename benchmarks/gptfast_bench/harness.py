@@ -413,7 +413,10 @@ class Limits:
         """(the least time that the row's bytes and operations take here, over its time; which of them is the limit)."""
         if "ms" not in row or not (row.get("bytes") or row.get("flops")):
             return None
-        rate = self.matmul_tflop_s.get(row["computes_in"])
+        # int8 weights are widened for their products
+        rate = self.matmul_tflop_s.get(row["dtype"] if row["computes_in"] == "int8" else row["computes_in"])
+        if row.get("flops") and not rate:
+            return None
         floors = {"memory": row.get("bytes", 0) / self.gb_s / 1e6}
         if rate:
             floors["arithmetic"] = row.get("flops", 0) / rate / 1e9

@@ -246,7 +246,10 @@ def run(
     started = time.monotonic()
     before = Report.read(resume).content if resume is not None else None
     command = "gptfast bench " + shlex.join(sys.argv[2:] if "bench" in sys.argv[1:2] else [f"--profile={profile}"])
-    measuring = _Worker(settings, sorted({cell.dtype for cell in cells}))
+    dtypes = {cell.dtype for cell in cells}
+    if settings.device == "cpu" and any(cell.op == "model" for cell in cells):
+        dtypes.add("bfloat16")  # a row beside float32's there
+    measuring = _Worker(settings, sorted(dtypes))
     try:
         head = measuring.ask()
         if before is not None:
