@@ -106,6 +106,14 @@ def test_offset_beyond_two_gigabytes():
     torch.testing.assert_close(linear_gelu(x, weight, backend="triton"), F.gelu(x, approximate="tanh"))
 
 
+def test_step_along_k_beyond_two_gigabytes():
+    """A stride of weight that fits 32 bits, 32 of which do not."""
+    weight = torch.empty(2**31 + 2, dtype=torch.float16, device=DEVICE).as_strided((2, 33), (1, 2**26))
+    weight.copy_(draw(2, 33, dtype=torch.float16))
+    x = draw(3, 33, dtype=torch.float16)
+    torch.testing.assert_close(linear_gelu(x, weight, backend="triton"), linear_gelu(x, weight, backend="torch"))
+
+
 def test_deterministic():
     x, weight = draw(150, 20).requires_grad_(), draw(30, 20).requires_grad_()
     runs = [torch.autograd.grad(linear_gelu(x, weight, backend="triton").sum(), (x, weight)) for _ in range(2)]

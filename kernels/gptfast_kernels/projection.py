@@ -83,6 +83,7 @@ def _linear_gelu_kernel(
     GROUP: tl.constexpr,
 ):
     down, across = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    w_step = tl.full([], BLOCK_K, tl.int64) * stride_wk
     for tile in range(tl.program_id(0), down * across, tl.num_programs(0)):
         group = tile // (GROUP * across)
         group_rows = min(down - group * GROUP, GROUP)
@@ -100,7 +101,7 @@ def _linear_gelu_kernel(
             w_tile = tl.load(w, mask=(n[None, :] < N) & (k[:, None] < K - start), other=0.0)
             z = tl.dot(x_tile, w_tile, z, input_precision=PRECISION)
             x += BLOCK_K
-            w += BLOCK_K * stride_wk
+            w += w_step
 
         if Bias is not None:
             z += tl.load(Bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]

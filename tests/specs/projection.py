@@ -40,6 +40,7 @@ MUTANTS = [
     mutant("stride of x", "m[:, None] * stride_x", "m[:, None] * K", "each_layout"),
     mutant("last step of k", "(k[None, :] < K - start)", "(k[None, :] < K)", "no_worse"),
     mutant("64-bit rows", "tl.arange(0, BLOCK_M).to(tl.int64)", "tl.arange(0, BLOCK_M)", "beyond_two_gigabytes"),
+    mutant("64-bit steps", "tl.full([], BLOCK_K, tl.int64) * stride_wk", "BLOCK_K * stride_wk", "beyond_two_gigabytes"),
     mutant("IEEE float32", "PRECISION=_triton.dot_precision()", 'PRECISION="tf32"', "tf32"),
     mutant(
         "ragged group of rows",
