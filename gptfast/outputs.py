@@ -22,23 +22,38 @@ class DeferredLogits:
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor):
-        self.hidden, self.weight, self.version = hidden, weight, _version(weight)
+        self.hidden, self.weight = hidden, weight
+        self.versions, self.sample = self._versions(), self._sample()
         self.dtype = linear_dtype(hidden)  # as in the forward pass, and so are the modes
         self.inference, self.grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
     def __call__(self) -> Tensor:
-        if _version(self.weight) != self.version:
+        if self._versions() != self.versions or not _same(self._sample(), self.sample):
             raise RuntimeError(
-                "logits were left uncomputed because labels were given, and the LM head's weight has changed since: "
-                "read output.logits before the optimizer's step"
+                "logits were left uncomputed because labels were given, and the LM head's weight or the last hidden "
+                "state has changed since: read output.logits before the optimizer's step"
             )
-        with torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad):
+        exactly = torch.autocast(self.hidden.device.type, enabled=False)
+        with torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad), exactly:
             return F.linear(self.hidden.to(self.dtype), self.weight.to(self.dtype))
 
+    def _versions(self) -> list[int]:
+        """How often each was changed in place; 0 for a tensor made in inference mode, which does not count."""
+        return [0 if x.is_inference() else x._version for x in (self.hidden, self.weight)]
 
-def _version(x: Tensor) -> int:
-    """How often x was changed in place; 0 for a tensor made in inference mode, which does not count."""
-    return 0 if x.is_inference() else x._version
+    def _sample(self) -> Tensor | None:
+        """Some of the weight, for fused optimizers and ``.data`` change it uncounted; None where nobody may look."""
+        weight = self.weight.detach()
+        without_values = type(weight) is not Tensor or torch._C._are_functorch_transforms_active()
+        if without_values or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return None
+        return weight[:: 1 + len(weight) // 512, :: 1 + weight.shape[1] // 64].clone()
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return True
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 class _Logits:

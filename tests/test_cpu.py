@@ -348,6 +348,64 @@ def test_deferred_logits_after_the_weights_changed_are_an_error():
         unread.logits  # noqa: B018
 
 
+def by_fused_adam(model, output):
+    output.loss.backward()
+    torch.optim.AdamW(model.parameters(), 1e-3, fused=True).step()
+
+
+def by_data(model, output):
+    model.lm_head.weight.data.mul_(1.01)
+
+
+def by_another_dtype(model, output):
+    model.bfloat16()
+
+
+@pytest.mark.parametrize("change", [by_fused_adam, by_data, by_another_dtype])
+def test_a_change_of_the_weights_that_pytorch_does_not_count_is_an_error_too(change):
+    model, x = make(), ids(2, 7)
+    output = model(x, labels=x)
+    version = model.lm_head.weight._version
+    change(model, output)
+    assert model.lm_head.weight._version == version
+    with pytest.raises(RuntimeError, match=r"read output\.logits before"):
+        output.logits  # noqa: B018
+
+
+def test_deferred_logits_after_the_hidden_state_changed_are_an_error():
+    model, x = make(), ids(2, 7)
+    with torch.no_grad():
+        output = model(x, labels=x, output_hidden_states=True)
+        output.hidden_states[-1].mul_(2)
+        with pytest.raises(RuntimeError, match="last hidden state has changed"):
+            output.logits  # noqa: B018
+
+
+def test_deferred_logits_do_not_take_the_autocast_they_are_read_under():
+    model, x = make(), ids(2, 7)
+    output, expected = model(x, labels=x), model(x).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(output.logits, expected)
+
+
+def test_deferred_logits_of_weights_that_are_nan_are_nan():
+    model, x = make(), ids(2, 7)
+    model.lm_head.weight.data.fill_(torch.nan)
+    assert model(x, labels=x).logits.isnan().all()
+
+
+def test_deferred_logits_under_torch_func():
+    model, x = make(), ids(2, 7)
+
+    def loss_and_logits(parameters):
+        output = torch.func.functional_call(model, parameters, (x,), {"labels": x})
+        return output.loss, output.logits
+
+    with use_backend("reference"):
+        _, logits = torch.func.grad(loss_and_logits, has_aux=True)(dict(model.named_parameters()))
+    torch.testing.assert_close(logits, model(x).logits)
+
+
 def test_copies_of_an_output_hold_tensors():
     model, x = make(), ids(2, 7)
     with torch.no_grad():
