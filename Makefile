@@ -30,7 +30,7 @@ mutants: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/gptfast bench $(BENCH)
 
-# The README's table of inference on a CPU: a quarter of an hour on two cores with nothing beside it.
+# The README's table of inference on a CPU: half an hour on two cores with nothing beside it.
 bench-cpu: $(VENV)/.test
 	$(BIN)/gptfast bench --profile inference --device cpu --output-dir benchmarks/results/inference-cpu $(BENCH)
 

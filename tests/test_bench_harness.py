@@ -49,6 +49,14 @@ def test_coarser_weights_are_rows_of_their_own(mode):
     assert rows["transformers"]["status"] == "unavailable"
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="a CPU's providers")
+def test_a_compiled_backward_pass_is_timed_alone():
+    """Its graph is kept between calls, which torch.compile's own default refuses."""
+    cell = next(c for c in SMOKE if c.op == "normalization" and c.mode == "backward")
+    rows = by_provider(run_cell(cell, dataclasses.replace(SETTINGS, baselines=("torch.compile",))))
+    assert rows["torch.compile"]["status"] == "ok", rows["torch.compile"]
+
+
 @pytest.mark.parametrize("broken", ["repeats", "is one position off"])
 def test_a_text_that_is_generated_wrongly_is_caught(broken):
     """With a head that is the token table, random weights name the last token again, unless positions outweigh it."""

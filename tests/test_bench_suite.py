@@ -46,6 +46,10 @@ def test_every_op_and_mode_is_there():
     assert quick == {*suite.OPS, "model"}
 
 
+def test_what_is_published_leaves_no_rival_out():
+    assert not any(cell.without for cell in suite.profiles(False)["inference"].cells)
+
+
 def test_a_gpu_is_asked_first_what_is_claimed_first():
     first, second, *rest = suite.profiles(True)["full"].cells
     assert (first.op, first.mode, first.dtype) == ("model", "forward", "bfloat16")

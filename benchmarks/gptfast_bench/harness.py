@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 ROOT = Path(__file__).parents[2]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -263,6 +264,12 @@ def run_cell(
     """
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # it keeps few variants of a function, and other cells have compiled theirs
+    # a backward pass alone is timed on a graph that is kept, which a compiled one allows only so
+    with functorch_config.patch(donated_buffer=cell.mode != "backward"):
+        return _run_cell(cell, settings, skip, tell)
+
+
+def _run_cell(cell: Cell, settings: Settings, skip: Iterable[str], tell: Callable[[Row], None]) -> list[Row]:
     module = cell.op if "." in cell.op else f"{__package__}.{cell.op}"  # with a dot: an op from outside the suite
     task: Task = importlib.import_module(module).task(cell, settings)
     baseline, names = choose(list(task.providers), settings.baselines)
