@@ -72,7 +72,8 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         weight, scale = self.weight, self.scale
         rows = x if x.ndim == 2 else x.reshape(-1, self.in_features)
-        if rows.shape[0] <= INT8_ROWS and x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad):
+        packed = rows.shape[0] <= INT8_ROWS and x.device.type == "cpu" and scale.dtype != torch.float64
+        if packed and not (torch.is_grad_enabled() and x.requires_grad):
             y = torch._weight_int8pack_mm(rows.to(scale.dtype), weight, scale).to(x.dtype)
         else:
             y = F.linear(rows, weight.to(x.dtype)) * scale.to(x.dtype)
@@ -94,7 +95,8 @@ def quantize(model: nn.Module) -> nn.Module:
         ``model``.
 
     Raises:
-        ValueError: the model is in training mode, not on a CPU, or quantized already. It is unchanged then.
+        ValueError: the model is in training mode, not on a CPU, quantized already, without a layer to quantize, or with
+            one that has hooks or a forward pass of its own, which would be lost. It is unchanged then.
     """
     devices = sorted({str(p.device) for p in model.parameters()})
     if devices != ["cpu"]:
@@ -103,12 +105,23 @@ def quantize(model: nn.Module) -> nn.Module:
         raise ValueError("model must be in eval mode, got training mode: call model.eval() first")
     if is_quantized(model):
         raise ValueError("model has int8 weights already")
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, Conv1D):
-                setattr(module, name, Int8Linear(child.weight.t(), child.bias))
-            elif name == "lm_head" and isinstance(child, nn.Linear):
-                setattr(module, name, Int8Linear(child.weight, child.bias))
+    layers = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, Conv1D) or (name == "lm_head" and isinstance(child, nn.Linear))
+    ]
+    if not any(isinstance(child, Conv1D) for _, _, child in layers):
+        raise ValueError(f"model must be one of gptfast's GPT-1 classes, got {type(model).__name__}")
+    for parent, name, child in layers:
+        if not (is_plain(child) or is_plain(child, nn.Linear)):
+            raise ValueError(
+                f"{name} of a {type(parent).__name__} must be as it was built, got a {type(child).__name__} that has "
+                "hooks or a forward pass of its own"
+            )
+    for parent, name, child in layers:
+        weight = child.weight.t() if isinstance(child, Conv1D) else child.weight
+        setattr(parent, name, Int8Linear(weight, child.bias))  # type: ignore[arg-type]
     return model
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import OpenAIGPTConfig
+from .linear import is_quantized
 
 
 class OpenAIGPTPreTrainedModel(nn.Module):
@@ -69,6 +70,7 @@ class OpenAIGPTPreTrainedModel(nn.Module):
         return self.base_model.get_input_embeddings()  # type: ignore[operator]
 
     def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:
+        self._check_head()
         self.base_model.set_input_embeddings(new_embeddings)  # type: ignore[operator]
         self.tie_weights()
 
@@ -80,9 +82,14 @@ class OpenAIGPTPreTrainedModel(nn.Module):
 
     def tie_weights(self) -> None:
         """Makes the LM head's weight the token table, unless ``config.tie_word_embeddings`` is False."""
+        self._check_head()
         head = self.get_output_embeddings()
         if head is not None and self.config.tie_word_embeddings:
             head.weight = self.get_input_embeddings().weight
+
+    def _check_head(self) -> None:
+        if is_quantized(self):
+            raise ValueError("the LM head has int8 weights, apart from the token table: change that before quantizing")
 
     # -- a vocabulary of another size ---------------------------------------------------------------------------
 
@@ -101,6 +108,7 @@ class OpenAIGPTPreTrainedModel(nn.Module):
         Returns:
             The token table. ``config.vocab_size`` is set.
         """
+        self._check_head()
         old = self.get_input_embeddings()
         n = old.num_embeddings if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of is not None:

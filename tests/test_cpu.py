@@ -294,6 +294,47 @@ def test_quantize_refuses_and_then_changes_nothing(tmp_path):
         gptfast.quantize(make().to("meta"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_quantized_model_in_another_dtype(dtype):
+    model, x = gptfast.quantize(make()), ids(1, 5)
+    with torch.no_grad():
+        expected = model(x).logits
+        torch.testing.assert_close(
+            model.to(dtype)(x).logits.float(), expected, rtol=0, atol=0.02 * expected.abs().max()
+        )
+
+
+def test_quantize_drops_nobodys_layer_or_hook():
+    model = make()
+    model.transformer.h[1].mlp.c_fc.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="c_fc of a MLP must be as it was built, got a Conv1D that has hooks"):
+        gptfast.quantize(model)
+    model = make()
+    model.transformer.h[1].mlp.c_fc = Doubled(4 * C, C)
+    with pytest.raises(ValueError, match="got a Doubled"):
+        gptfast.quantize(model)
+    assert not any(isinstance(m, Int8Linear) for m in model.modules())
+    with pytest.raises(ValueError, match="must be one of gptfast's GPT-1 classes, got Linear"):
+        gptfast.quantize(nn.Linear(3, 3).eval())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.tie_weights(),
+        lambda model: model.resize_token_embeddings(V + 1),
+        lambda model: model.set_input_embeddings(nn.Embedding(V, C)),
+    ],
+)
+def test_the_token_table_of_a_quantized_model_stays(change):
+    model, x = gptfast.quantize(make()), ids(1, 5)
+    with torch.no_grad():
+        before = model(x).logits
+        with pytest.raises(ValueError, match="the LM head has int8 weights"):
+            change(model)
+        assert torch.equal(model(x).logits, before)
+
+
 # ---- logits beside a loss ----
 
 
