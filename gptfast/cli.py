@@ -29,6 +29,7 @@ from .tokenizer import OpenAIGPTTokenizer
 SHIPPED = Path(__file__).parent / "shipped"  # the small model that comes with the package
 DEMO_PROMPT = "It was a dark and stormy night, and the captain"
 TASKS = ("language-modeling", "classification", "entailment", "similarity", "multiple-choice")
+KINDS = ("none", "ddp", "fsdp", "tensor")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -221,10 +222,10 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 
 def _train_on_text(args: argparse.Namespace, options: Any, parallel: Any, device: torch.device) -> dict[str, Any]:
     from .tokenizer import train_tokenizer
-    from .training import Settings, check_output, read_texts, split_held_out
+    from .training import Settings, check_output, is_unfinished, read_texts, split_held_out
     from .training import train as run
 
-    for name in ("columns", "labels", "valid", "epochs"):
+    for name in ("columns", "labels", "valid", "epochs", "regression", "padded"):
         if getattr(args, name):
             raise ValueError(f"--{name} goes with --task")
     if args.steps is None:
@@ -256,7 +257,7 @@ def _train_on_text(args: argparse.Namespace, options: Any, parallel: Any, device
             raise ValueError(f"--n-embd must be a multiple of --n-head, got {config.n_embd} and {config.n_head}")
         if config.n_positions < settings.context:
             raise ValueError(f"--n-positions must be at least --context = {settings.context}, got {config.n_positions}")
-        if parallel.is_main and not ((output / "vocab.json").exists() and args.resume):
+        if parallel.is_main and not is_unfinished(output):
             print(f"learning a vocabulary of {args.vocab_size} from {len(texts)} files …", file=sys.stderr)
             tokenizer = train_tokenizer([split_held_out(text, settings.held_out)[0] for text in texts], args.vocab_size)
             output.mkdir(parents=True, exist_ok=True)
@@ -360,7 +361,7 @@ def bench_compare(args: argparse.Namespace) -> None:
 def _bench_arguments(sub: argparse.ArgumentParser) -> None:
     which = sub.add_mutually_exclusive_group()
     profiles = ("full", "quick", "inference", "smoke")
-    which.add_argument("--profile", choices=profiles, default="full", help="ten minutes, two, fifteen, and a toy's")
+    which.add_argument("--profile", choices=profiles, default="full", help="ten minutes, two, thirty, and a toy's")
     which.add_argument("--quick", action="store_const", dest="profile", const="quick", help="as --profile quick")
     sub.add_argument("--device", help="cpu, cuda, cuda:1, …; a GPU if there is one")
     sub.add_argument("--threads", type=int, help="on a CPU; as many as torch takes if not given")
@@ -618,7 +619,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--save-every", type=int, help="steps; 500, with --task an epoch")
     sub.add_argument("--evaluate-every", type=int, help="steps; 500, with --task an epoch")
     sub.add_argument("--log-every", type=int, default=50, help="steps")
-    sub.add_argument("--parallel", choices=("none", "ddp", "fsdp"), help="under torchrun; ddp if not given")
+    sub.add_argument("--parallel", choices=KINDS, help="under torchrun; ddp if not given")
     sub.add_argument("--checkpoint-activations", action="store_true", help="a fraction of the memory, more time")
     sub.add_argument("--cuda-graph", action="store_true", help="record a step once and replay it, on one GPU")
     sub.add_argument("--json", action="store_true", help="print one JSON object, no progress bar")
