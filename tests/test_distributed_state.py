@@ -6,7 +6,7 @@ import resource
 import pytest
 import torch.distributed as dist
 
-from gptfast.training import Options, Parallel, loop
+from gptfast.training import STATE_FILE, Options, Parallel, loop
 from tests.support.two_ranks import SETTINGS, on_text
 
 FSDP = Parallel("fsdp", 0, 1)
@@ -49,6 +49,17 @@ def test_unfinished_run_is_not_overwritten(stopped):
     folder, _ = stopped
     with pytest.raises(FileExistsError, match="unfinished run"):
         on_text(folder, FSDP)
+
+
+def test_state_of_another_kind_of_run_is_refused(stopped, tmp_path_factory):
+    folder, _ = stopped
+    with pytest.raises(ValueError, match="training_state-000000006 is of a sharded run: resume it as it was started"):
+        on_text(folder, Parallel(), resume=True)
+    other = tmp_path_factory.mktemp("one-file")
+    (other / STATE_FILE).write_bytes(b"precious")
+    with pytest.raises(ValueError, match=r"training_state\.pt is not of a sharded run: resume it as it was started"):
+        on_text(other, FSDP, resume=True)
+    assert (other / STATE_FILE).read_bytes() == b"precious"
 
 
 def test_damage_is_named(stopped):

@@ -1,5 +1,7 @@
 """Fine-tuning: how examples become sequences, what is minimised, that small sets are learnt, what is refused."""
 
+import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -200,7 +202,7 @@ def test_packed_equals_padded(kind, base, tmp_path):
 
 
 def test_packing_calls_what_others_put_in_the_model(base, tmp_path):
-    """An attention of one's own, and hooks on it and on the token table, do in a packed batch what they do elsewhere."""
+    """An attention of one's own, hooks on it and on the token table do in a packed batch what they do elsewhere."""
     model, _, examples = load("classification", base, tmp_path, dropout=0.0, attention_dropout=0.0)
 
     class Louder(Attention):
@@ -429,6 +431,7 @@ def test_train_then_predict(base, tmp_path, capsys):
         ("words\tlabel\nthe cat\tyes\n", r"bad\.tsv:1 has no column 'text', it has 'words', 'label'"),
         ("text\tlabel\n", r"bad\.tsv holds no examples"),
         ("", r"bad\.tsv holds no examples"),
+        ("text\tlabel\ttext\nthe cat\tyes\tno\n", r"bad\.tsv:1 has column 'text' twice"),
     ],
 )
 def test_bad_lines_are_named(text, message, base, tmp_path):
@@ -448,7 +451,10 @@ def test_bad_lines_are_named(text, message, base, tmp_path):
         ("bad.csv", b'first,second,label\n"the,no,1\n', r"bad\.csv:2: unexpected end of data"),
         ("bad.csv", b"first,second,label\nthe,no,many\n", r"bad\.csv:2: label must be a number, got 'many'"),
         ("bad.csv", b"first,second,label\nthe,no,nan\n", r"bad\.csv:2: label must be a finite number, got 'nan'"),
-        ("bad.csv", "first,second,label\nthé,no,1\n".encode("latin-1"), r"bad\.csv is not UTF-8 text"),
+        ("bad.csv", "first,second,label\nthe,no,1\nthé,no,1\n".encode("latin-1"), r"bad\.csv:3 is not UTF-8 text"),
+        ("bad.jsonl", b"\n" + b"9" * 5000, r"bad\.jsonl:2 is not JSON"),
+        ("bad.jsonl", b"[" * 100_000, r"bad\.jsonl:1 is not JSON"),
+        ("bad.jsonl", b'{"first": "a\\ud800", "second": "b", "label": 1}\n', r"bad\.jsonl:1: first is not text"),
         ("bad.txt", b"", r"bad\.txt must end in one of \.tsv, \.csv, \.jsonl, \.ndjson, got '\.txt'"),
     ],
 )
@@ -482,6 +488,9 @@ def test_labels_that_cannot_be(tmp_path):
         Task("classification", {}).with_labels_of(file)
     with pytest.raises(ValueError, match=r"x\.tsv: label must tell 2 choices apart, got a"):
         Task("multiple-choice", {"choice": ["x", "y"]}).with_labels_of(file)
+    file = write(tmp_path / "y.tsv", ["text", "label"], [["a", "yes"], ["b", "no"], ["c", " "]])
+    with pytest.raises(ValueError, match=r"y\.tsv:4: label is empty"):
+        Task("classification", {}).with_labels_of(file)
 
 
 @pytest.mark.parametrize(
@@ -495,7 +504,11 @@ def test_labels_that_cannot_be(tmp_path):
         (["--task", "classification", "--epochs", "0"], "epochs must be at least 1, got 0"),
         (["--task", "classification", "--cuda-graph"], "cuda_graph needs one GPU and accumulate = 1"),
         (["--task", "classification", "--parallel", "ddp"], "parallel='ddp' needs torchrun"),
+        (["--task", "classification", "--context", "2"], "a sequence of classification has at least 3 tokens, got 2"),
+        (["--task", "classification", "--dropout", "1.5"], "dropout must be in [0, 1), got 1.5"),
         (["--epochs", "3"], "--epochs goes with --task"),
+        (["--regression"], "--regression goes with --task"),
+        (["--padded"], "--padded goes with --task"),
         ([], "--steps is needed to train on plain text"),
     ],
 )
@@ -504,6 +517,78 @@ def test_bad_arguments(arguments, message, base, tmp_path, capsys):
     assert main(["train", str(file), "--model", str(base), "--output", str(tmp_path / "x"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not list((tmp_path / "x").glob(STATE_FILE))
+
+
+@pytest.mark.parametrize(("kind", "least"), [("language-modeling", 2), ("classification", 3), ("similarity", 5)])
+def test_shortest_sequences(kind, least, base, tmp_path):
+    _, tokenizer = load_for_task(base, TASKS[kind])
+    file = write(tmp_path / "x.tsv", *rows_of(kind, 6))
+    assert {len(s) for e in read_examples(file, TASKS[kind], tokenizer, least) for s in e.sequences} == {least}
+    with pytest.raises(ValueError, match=f"max_length must be at least {least}: a sequence of {kind}"):
+        read_examples(file, TASKS[kind], tokenizer, least - 1)
+
+
+def test_a_text_of_one_token_predicts_nothing(base, tmp_path):
+    _, tokenizer = load_for_task(base, TASKS["language-modeling"])
+    file = write(tmp_path / "x.tsv", ["text"], [["the cat"], ["cat"]])
+    with pytest.raises(ValueError, match=r"x\.tsv:3: text must hold at least two tokens, got \['cat'\]"):
+        read_examples(file, TASKS["language-modeling"], tokenizer, 24)
+
+
+def test_examples_longer_than_the_model_are_refused(base, tmp_path):
+    model, tokenizer, examples = load("classification", base, tmp_path)
+    long = dataclasses.replace(examples[3], sequences=(examples[3].sequences[0] * 5,))
+    settings = fine_tuning_settings(24, batch_size=8, context=24)
+    with pytest.raises(ValueError, match=r"classification-24\.tsv:5 has \d+ tokens, context is 24"):
+        fine_tune(model, tokenizer, TASKS["classification"], [*examples[:3], long, *examples[4:]], settings, tmp_path)
+
+
+def test_resume_packed_differently_is_refused(base, tmp_path, monkeypatch):
+    model, tokenizer, examples = load("classification", base, tmp_path)
+    settings = fine_tuning_settings(24, batch_size=8, context=24)
+    run = functools.partial(fine_tune, model, tokenizer, TASKS["classification"], examples, settings, tmp_path / "x")
+    monkeypatch.setattr(loop, "learning_rate", _stopping_at(4, loop.learning_rate))
+    with pytest.raises(KeyboardInterrupt, match="after step 5"):
+        run(options=QUIET)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"other settings: \{'pack_above': 0.2\}, now \{'pack_above': 1.0\}"):
+        run(options=dataclasses.replace(QUIET, resume=True), packed=False)
+
+
+def test_classifier_dropout_is_every_heads(base):
+    for kind in ("classification", "multiple-choice"):
+        model, _ = load_for_task(base, TASKS[kind], dropout=0.0)
+        states = torch.ones(50, 2, 48)
+        for p, differ in ((0.0, False), (0.5, True)):
+            settings = fine_tuning_settings(24, batch_size=24, classifier_dropout=p)
+            logits = objective_for(model, TASKS[kind], settings).train().task_logits(states)
+            assert (len(logits[:, 0].unique()) > 1) == differ
+
+
+def test_predict_reads_before_it_writes_and_as_far_as_training_did(base, tmp_path, capsys):
+    train_file = write(tmp_path / "train.tsv", *rows_of("classification", 32))
+    command = ["train", str(train_file), "--task", "classification", "--model", str(base)]
+    command += ["--output", str(tmp_path / "out"), "--epochs", "1", "--context", "5", "--json"]
+    assert main(command) == 0
+    capsys.readouterr()
+
+    predicting = ["predict", str(tmp_path / "x.jsonl"), "--model", str(tmp_path / "out")]
+    (tmp_path / "x.jsonl").write_text('{"text": "the cat sees"}\n{"text": "the cat sees the dog likes no pig ."}\n')
+    assert main(predicting) == 0
+    short, long = capsys.readouterr().out.splitlines()
+    assert short == long  # both cut to five tokens
+
+    (tmp_path / "p.jsonl").write_text("precious")
+    for arguments, message in (
+        (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["--device", "cuda:99"], "--device cuda:99: this PyTorch sees"),
+        ([], "x.jsonl:2: text must hold some text"),
+    ):
+        if not arguments:
+            (tmp_path / "x.jsonl").write_text('{"text": "the cat"}\n{"text": " "}\n')
+        assert main([*predicting, "--output", str(tmp_path / "p.jsonl"), *arguments]) == 2
+        assert message in capsys.readouterr().err
+        assert (tmp_path / "p.jsonl").read_text() == "precious"
 
 
 def test_predict_needs_a_fine_tuned_model(base, tmp_path, capsys):

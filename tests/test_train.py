@@ -8,15 +8,20 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from gptfast import OpenAIGPTConfig, OpenAIGPTLMHeadModel, OpenAIGPTTokenizer
+from gptfast.cli import main
 from gptfast.scoring import score_ids
 from gptfast.tokenizer import train_tokenizer
 from gptfast.training import LOG_FILE, STATE_FILE, SUMMARY_FILE, Options, Settings, api, loop, read_texts, train
+from gptfast.training.batch import Batch
+from gptfast.training.graph import GraphedStep
 from gptfast.training.loop import make_optimizer
+from gptfast.training.report import keep_log_up_to
 from gptfast.training.settings import learning_rate
 from gptfast.training.text import Windows, split_held_out
 
@@ -206,6 +211,62 @@ def test_disk_full_keeps_the_last_state(tokenizer, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.new"))
     assert torch.load(tmp_path / STATE_FILE, weights_only=True)["step"] == 4
     run(tokenizer, tmp_path, resume=True)
+
+
+def test_log_outlives_a_failure_while_it_is_cut(tokenizer, tmp_path, monkeypatch):
+    rows = [f'{{"step": {step}, "loss": 1.0}}\n' for step in (2, 4, 6)]
+    log = tmp_path / LOG_FILE
+    log.write_text("".join(rows))
+
+    def half(path, text, *how):
+        with path.open("w") as file:
+            file.write(text[: len(text) // 2])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="no space left"):
+        keep_log_up_to(log, 4)
+    assert log.read_text() == "".join(rows)
+    monkeypatch.undo()
+    keep_log_up_to(log, 4)
+    assert log.read_text() == "".join(rows[:2])
+
+
+def test_killed_while_the_vocabulary_is_written(tmp_path, capsys):
+    command = ["train", str(POEMS), "--output", str(tmp_path), "--vocab-size", "160", "--n-embd", "32", "--n-head", "2"]
+    command += ["--n-layer", "1", "--context", "16", "--steps", "2", "--json", "--resume"]
+    (tmp_path / "vocab.json").write_text('{"a"')
+    assert main(command) == 0, capsys.readouterr().err
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_tokenizer_outlives_a_failure_while_it_is_written_again(tokenizer, tmp_path, monkeypatch):
+    """A resumed run reads it from its own folder."""
+    tokenizer.save_pretrained(tmp_path)
+    before = (tmp_path / "vocab.json").read_bytes()
+
+    def half(self, folder):
+        (Path(folder) / "vocab.json").write_text('{"a"')
+        raise OSError("no space left")
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", half)
+    with pytest.raises(OSError, match="no space left"):
+        run(tokenizer, tmp_path, Settings(steps=1, batch_size=1, context=16))
+    assert (tmp_path / "vocab.json").read_bytes() == before
+
+
+def test_recorded_step_takes_no_other_number_of_tokens():
+    """A CUDA graph holds the divisor of the loss that it was recorded with."""
+    ids = torch.zeros(2, 4, dtype=torch.int64)
+    batch = Batch(ids, ids, 8, "a")
+    step = GraphedStep(lambda batches: torch.zeros(()), [])
+    step.graph, step.static, step.loss = SimpleNamespace(replay=lambda: None), [batch], torch.ones(())
+    assert step([Batch(ids + 1, ids, 8, "b")]) == 1
+    assert (batch.input_ids == 1).all()
+    with pytest.raises(ValueError, match="cuda_graph needs batches alike, got tokens 8 and 7"):
+        step([Batch(ids, ids, 7, "c")])
+    with pytest.raises(ValueError, match=r"cuda_graph needs batches alike, got input_ids \(2, 4\) and \(1, 4\)"):
+        step([Batch(ids[:1], ids[:1], 8, "d")])
 
 
 def test_learning_rate():

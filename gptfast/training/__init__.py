@@ -11,7 +11,7 @@ from .parallel import Parallel, start
 from .predict import load_fine_tuned, load_for_task, predict, predict_file
 from .report import LOG_FILE, plot_log
 from .settings import Settings, fine_tuning_settings
-from .state import STATE_FILE, SUMMARY_FILE, check_output
+from .state import STATE_FILE, SUMMARY_FILE, check_output, is_unfinished
 from .tasks import TASK_FILE, Task, read_examples
 from .text import read_texts, split_held_out
 
@@ -27,6 +27,7 @@ __all__ = [
     "check_output",
     "fine_tune",
     "fine_tuning_settings",
+    "is_unfinished",
     "load_fine_tuned",
     "load_for_task",
     "plot_log",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..heads import OpenAIGPTLMHeadModel
+from ..heads import OpenAIGPTDoubleHeadsModel, OpenAIGPTLMHeadModel
 from ..scoring import Score, score_ids
 from ..tokenizer import OpenAIGPTTokenizer
 from .batch import Batch
@@ -55,8 +56,9 @@ def train(
     window = min(settings.context + 1, model.config.n_positions)
 
     parts = [split_held_out(text, settings.held_out) for text in texts]
-    ids = _encode(tokenizer, [a for a, _ in parts], options.progress, "tokenizing")
-    held_out = _encode(tokenizer, [b for _, b in parts if b], options.progress, "tokenizing held-out text")
+    shown = options.progress and parallel.is_main
+    ids = _encode(tokenizer, [a for a, _ in parts], shown, "tokenizing")
+    held_out = _encode(tokenizer, [b for _, b in parts if b], shown, "tokenizing held-out text")
     held_out_bytes = sum(len(b.encode()) for _, b in parts)
     data = Windows(ids, batch_size=settings.batch_size, context=settings.context, seed=settings.seed)
     objective = Objective(model)
@@ -124,6 +126,10 @@ def fine_tune(
         raise ValueError(
             f"batch_size must be at most {len(examples)}, the examples there are, got {settings.batch_size}"
         )
+    for example in (*examples, *held_out):
+        longest = max(map(len, example.sequences))
+        if longest > settings.context:
+            raise ValueError(f"{example.where} has {longest} tokens, context is {settings.context}")
     folder = _prepare(model, settings, output, options)
     pack_above = PACK_ABOVE[model.device.type] if packed else 1.0
     data, judge = (
@@ -132,16 +138,21 @@ def fine_tune(
     )
     objective = objective_for(model, task, settings)
     judged = judge.in_order() if held_out else []
+    results: dict[str, float] = {}
+
+    def judge_now() -> dict[str, float]:
+        results.update(evaluate(objective, judged, settings))
+        return results
+
     state = fit(
         objective,
         data,
         settings,
         folder,
         options,
-        evaluate=(lambda: evaluate(objective, judged, settings)) if judged else None,
+        evaluate=judge_now if judged else None,
         parallel=parallel,
     )
-    results = evaluate(objective, judged, settings) if judged else {}
     model = parallel.whole(model)
     if parallel.is_main:
         task.save(folder)
@@ -152,6 +163,9 @@ def fine_tune(
 
 
 def objective_for(model: Any, task: Task, settings: Settings) -> Objective:
+    if isinstance(model, OpenAIGPTDoubleHeadsModel):
+        model.multiple_choice_head.first_dropout.p = settings.classifier_dropout
+        model.config.summary_first_dropout = settings.classifier_dropout
     return Objective(
         model,
         lm_coef=settings.lm_coef,
@@ -213,9 +227,12 @@ def _finish(
     state: State,
     weights: dict[str, Tensor],
 ) -> None:
-    """Writes the model and all that belongs to it; only then the state may go."""
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder, state_dict=weights)
+    """Writes all that belongs to the model, then the model, by which a folder is known to be finished; only then the
+    state may go."""
+    with tempfile.TemporaryDirectory(dir=folder) as aside:  # a resumed run reads it from here: never half of a file
+        tokenizer.save_pretrained(aside)
+        for path in Path(aside).iterdir():
+            path.replace(folder / path.name)
     summary = {
         "settings": asdict(settings),
         "parameters": model.num_parameters(),
@@ -224,4 +241,5 @@ def _finish(
         "device": model.device.type,
     }
     (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+    model.save_pretrained(folder, state_dict=weights)
     state.remove()

@@ -12,8 +12,8 @@ WARM_UP = 3  # passes before recording, in which libraries allocate what they ke
 
 
 class GraphedStep:
-    """Replays ``gradients`` on batches of the first one's shape. Gradients stay in the buffers they were recorded in,
-    and a replay overwrites them: do not set them to None.
+    """Replays ``gradients`` on batches of the first one's shapes and numbers. Gradients stay in the buffers they were
+    recorded in, and a replay overwrites them: do not set them to None.
 
     Dropout draws anew each replay, from the generator's seed at that time: torch registers it with the graph.
     """
@@ -25,12 +25,14 @@ class GraphedStep:
     def __call__(self, batches: list[Batch]) -> Tensor:
         if self.graph is None:
             self._record(batches)
-        for field in fields(Batch):
-            static, new = (getattr(b[0], field.name) for b in (self.static, batches))
-            if isinstance(static, Tensor):
-                if static.shape != new.shape:
-                    raise ValueError(f"cuda_graph needs batches of one shape, got {static.shape} and {new.shape}")
-                static.copy_(new)
+        for copy in (False, True):  # refuse before anything is overwritten
+            for field in fields(Batch):
+                static, new = (getattr(b[0], field.name) for b in (self.static, batches))
+                if copy and isinstance(static, Tensor):
+                    static.copy_(new)
+                elif _recorded(static) != _recorded(new) and field.name != "source":
+                    was, now = _recorded(static), _recorded(new)
+                    raise ValueError(f"cuda_graph needs batches alike, got {field.name} {was} and {now}")
         self.graph.replay()  # type: ignore[union-attr]
         return self.loss
 
@@ -49,3 +51,9 @@ class GraphedStep:
         with torch.cuda.graph(self.graph):
             self.loss = self.gradients(batches)
         torch.cuda.set_rng_state(before)
+
+
+def _recorded(value: object) -> object:
+    """What a graph holds of a batch's field: of a tensor its shape, of a number itself, since kernels and the loss's
+    divisor were given it."""
+    return tuple(value.shape) if isinstance(value, Tensor) else value

@@ -49,7 +49,7 @@ class Objective(nn.Module):
     Args:
         model: one of gptfast's heads. A classification model reads the sum of an example's extract states.
         lm_coef: λ; the language-model loss of a model that has no other head counts whole.
-        classifier_dropout: on what a classification head reads; the multiple-choice head has its own in its config.
+        classifier_dropout: on what a classification head reads; a multiple-choice head has a layer of its own for it.
         regression: the loss is the squared error of one number.
 
     Raises:

@@ -1,7 +1,9 @@
 """A fine-tuned model's answers, from its folder alone."""
 
+import json
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ import torch
 from ..config import OpenAIGPTConfig
 from ..tokenizer import OpenAIGPTTokenizer
 from .objective import Objective
+from .state import SUMMARY_FILE
 from .tasks import MODELS, PACK_ABOVE, Example, Examples, Task, add_task_tokens, read_examples
 
 
@@ -21,9 +24,15 @@ def load_for_task(
 
     Args:
         dropout: on embeddings and behind each projection, 0.1 in the paper. attention_dropout: on attention weights.
+
+    Raises:
+        ValueError: a dropout is not in [0, 1).
     """
+    for name, p in (("dropout", dropout), ("attention_dropout", attention_dropout)):
+        if not 0 <= p < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {p}")
     config = OpenAIGPTConfig.from_pretrained(model_name)
-    config.resid_pdrop = config.embd_pdrop = config.summary_first_dropout = dropout
+    config.resid_pdrop = config.embd_pdrop = dropout
     config.attn_pdrop = attention_dropout
     config.summary_type = "cls_index"
     if MODELS[task.kind].__name__ == "OpenAIGPTForSequenceClassification":
@@ -46,15 +55,24 @@ def load_fine_tuned(folder: str | os.PathLike) -> tuple[Any, OpenAIGPTTokenizer,
     return model, OpenAIGPTTokenizer.from_pretrained(folder), task
 
 
-@torch.inference_mode()
 def predict(model: Any, task: Task, examples: Sequence[Example], *, batch_size: int = 32) -> Iterator[dict[str, Any]]:
     """Yields a row for each example: ``label`` and ``probabilities`` by label; of regression ``value``.
 
     Args:
         model, task: what ``load_fine_tuned`` gives, the model on any device.
+
+    Raises:
+        ValueError: the task has no labels, or ``batch_size`` is below 1. At once, not with the first row.
     """
     if not task.has_head:
         raise ValueError("a language model has no labels to predict: use gptfast score or gptfast generate")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    return _rows(model, task, examples, batch_size)
+
+
+@torch.inference_mode()
+def _rows(model: Any, task: Task, examples: Sequence[Example], batch_size: int) -> Iterator[dict[str, Any]]:
     objective = Objective(model, lm_coef=0.0, regression=task.regression).eval()
     pack_above = PACK_ABOVE[model.device.type]
     for batch in Examples(examples, batch_size=batch_size, pack_above=pack_above).in_order():
@@ -70,7 +88,15 @@ def predict(model: Any, task: Task, examples: Sequence[Example], *, batch_size: 
 def predict_file(
     folder: str | os.PathLike, file: str | os.PathLike, *, device: torch.device, batch_size: int = 32
 ) -> Iterator[dict[str, Any]]:
-    """``predict`` for the lines of a TSV, CSV or JSON-lines file, whose label column is not needed."""
+    """``predict`` for the lines of a TSV, CSV or JSON-lines file, whose label column is not needed.
+
+    Long texts are cut as training cut them. The file is read before this returns.
+    """
     model, tokenizer, task = load_fine_tuned(folder)
-    examples = read_examples(file, task, tokenizer, model.config.n_positions, labelled=False)
-    yield from predict(model.to(device), task, examples, batch_size=batch_size)
+    summary = Path(folder) / SUMMARY_FILE
+    try:
+        context = json.loads(summary.read_text(encoding="utf-8"))["settings"]["context"]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{summary} is damaged: {error}") from error
+    examples = read_examples(file, task, tokenizer, context, labelled=False)
+    return predict(model.to(device), task, examples, batch_size=batch_size)

@@ -56,7 +56,9 @@ def training_flops(config: Any, length: int, lm_head: bool) -> float:
 def keep_log_up_to(log_file: Path, step: int) -> None:
     """Drops rows of steps that will be taken again, and a row cut off by a crash."""
     rows = [line for line in log_file.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-    log_file.write_text("".join(row for row in rows if json.loads(row)["step"] <= step))
+    new = log_file.with_suffix(".new")
+    new.write_text("".join(row for row in rows if json.loads(row)["step"] <= step))
+    new.replace(log_file)
 
 
 class Report:

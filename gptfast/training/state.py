@@ -26,12 +26,17 @@ RUN_FILE = "run.json"  # in such a folder, written last
 
 def check_output(folder: str | os.PathLike, resume: bool) -> None:
     """Raises FileExistsError where a run would overwrite another, or repeat what is done."""
-    unfinished = (Path(folder) / STATE_FILE).exists() or bool(_sharded(Path(folder)))
+    unfinished = is_unfinished(folder)
     finished = (Path(folder) / SAFETENSORS).exists()
     if unfinished and not resume:
         raise FileExistsError(f"{folder} holds an unfinished run: resume it, or choose another folder")
     if finished and not unfinished:
         raise FileExistsError(f"{folder} holds a finished model: choose another folder")
+
+
+def is_unfinished(folder: str | os.PathLike) -> bool:
+    """Whether the folder holds a state to resume from."""
+    return (Path(folder) / STATE_FILE).exists() or bool(_sharded(Path(folder)))
 
 
 def fingerprint(settings: Settings, config: Any, data: dict[str, Any]) -> dict[str, Any]:
@@ -61,12 +66,20 @@ class State:
         """Restores the last state; returns (steps taken, losses since the last row of the log), or None without one.
 
         Raises:
-            ValueError: the state is damaged, or of a run under other settings. OSError: it cannot be read.
+            ValueError: the state is damaged, or of a run under other settings, or sharded where this one is not or the
+            other way round. OSError: it cannot be read.
         """
+        file, folders = self.folder / STATE_FILE, _sharded(self.folder)
         if self.parallel.sharded:
-            folders = _sharded(self.folder)
+            if file.exists():
+                raise ValueError(
+                    f"{file} is not of a sharded run: resume it as it was started, without parallel fsdp or tensor"
+                )
             return self._load_shards(folders[-1]) if folders else None
-        file = self.folder / STATE_FILE
+        if folders:
+            raise ValueError(
+                f"{folders[-1]} is of a sharded run: resume it as it was started, with parallel fsdp or tensor"
+            )
         return self._load_file(file) if file.exists() else None
 
     def remove(self) -> None:

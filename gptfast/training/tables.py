@@ -24,7 +24,17 @@ def read_rows(file: str | os.PathLike, columns: Sequence[str]) -> Iterator[tuple
         with path.open(encoding="utf-8-sig", newline="") as lines:
             yield from rows(path, lines, columns)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+        raise ValueError(f"{file}:{_line_that_is_not_utf8(path)} is not UTF-8 text: {error.reason}") from error
+
+
+def _line_that_is_not_utf8(path: Path) -> int:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    raise AssertionError(path)
 
 
 def _delimited(path: Path, lines, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -43,6 +53,9 @@ def _delimited(path: Path, lines, columns: Sequence[str]) -> Iterator[tuple[int,
             if not header:
                 header = row
                 _check_columns(f"{path}:{line}", columns, header)
+                for name in columns:
+                    if header.count(name) > 1:
+                        raise ValueError(f"{path}:{line} has column {name!r} twice")
                 continue
             if len(row) != len(header):
                 raise ValueError(f"{path}:{line} has {len(row)} fields, the first line has {len(header)}")
@@ -57,7 +70,7 @@ def _json_lines(path: Path, lines, columns: Sequence[str]) -> Iterator[tuple[int
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # not only JSONDecodeError: a number may be too long to read
             raise ValueError(f"{path}:{number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{number} must be a JSON object, got {type(row).__name__}")
@@ -65,7 +78,13 @@ def _json_lines(path: Path, lines, columns: Sequence[str]) -> Iterator[tuple[int
         for name in columns:
             if not isinstance(row[name], str | int | float) or isinstance(row[name], bool):
                 raise ValueError(f"{path}:{number}: {name} must be a text or a number, got {row[name]!r}")
-        yield number, {name: str(row[name]) for name in columns}
+        texts = {name: str(row[name]) for name in columns}
+        for name, text in texts.items():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:  # JSON may escape half a surrogate pair
+                raise ValueError(f"{path}:{number}: {name} is not text: {error}") from error
+        yield number, texts
 
 
 def _check_columns(where: str, wanted: Sequence[str], found: Sequence[str]) -> None:
