@@ -1,4 +1,4 @@
-"""Two ranks, by DDP and by FSDP, train as one process does: the same losses and weights, to rounding."""
+"""Two ranks, by DDP, FSDP or tensor parallelism, train as one process does: losses and weights agree, to rounding."""
 
 import json
 import os
@@ -38,6 +38,7 @@ def runs(tmp_path_factory):
         for rank in "01"
     ]
     two_ranks.on_text(folder / "text-none", Parallel())
+    two_ranks.on_text(folder / "dropout-none", Parallel(), dropout=0.1)
     two_ranks.on_choices(folder / "choices-none", Parallel(), folder / "base")
     errors = [rank.communicate(timeout=300)[1].decode() for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
@@ -56,7 +57,7 @@ def weights(model):
     return {name: torch.cat([p[:C], p[2 * C :]]) if name.endswith("c_attn.bias") else p for name, p in named.items()}
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "tensor"])
 @pytest.mark.parametrize("run", ["text", "parts", "interrupted"])
 def test_language_model(runs, run, kind):
     """``parts`` accumulates gradients over two parts a rank; ``interrupted`` was stopped and resumed."""
@@ -68,7 +69,7 @@ def test_language_model(runs, run, kind):
     assert not list(together.glob("training_state*[!w]"))
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "tensor"])
 def test_multiple_choice(runs, kind):
     alone, together = runs / "choices-none", runs / f"choices-{kind}"
     torch.testing.assert_close(losses(together), losses(alone), rtol=0, atol=2e-5)
@@ -76,9 +77,15 @@ def test_multiple_choice(runs, kind):
     torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-4)
 
 
+def test_tensor_parallel_ranks_hold_half_an_mlp_and_drop_the_same(runs):
+    mlp = json.loads((runs / "messages.json").read_text())["mlp"]
+    assert mlp == {"c_fc.weight": [32, 64], "c_fc.bias": [64], "c_proj.weight": [64, 32], "c_proj.bias": [32]}
+    torch.testing.assert_close(losses(runs / "dropout-tensor"), losses(runs / "dropout-none"), rtol=0, atol=1e-5)
+
+
 def test_ctrl_c_on_one_rank_stops_all_and_too_many_parts_are_refused(runs):
     messages = json.loads((runs / "messages.json").read_text())
-    for kind in ("ddp", "fsdp"):
+    for kind in ("ddp", "fsdp", "tensor"):
         assert messages[kind].startswith("stopped after step 5")
     assert messages["many"] == "batch_size must be at least ranks * accumulate = 6, got 5"
 
@@ -87,14 +94,15 @@ def test_sharded_state_of_a_step(runs):
     """A resumed FSDP run gives the very losses of one that was not interrupted."""
     assert torch.equal(losses(runs / "interrupted-fsdp"), losses(runs / "text-fsdp"))
     assert torch.equal(losses(runs / "interrupted-ddp"), losses(runs / "text-ddp"))
+    assert torch.equal(losses(runs / "interrupted-tensor"), losses(runs / "text-tensor"))
 
 
 @pytest.mark.parametrize(
     ("kind", "environment", "message"),
     [
         ("fsdp", {}, "parallel='fsdp' needs torchrun"),
-        ("pipeline", {}, "parallel must be one of none, ddp, fsdp, got 'pipeline'"),
-        ("none", {"RANK": "0", "WORLD_SIZE": "2"}, "parallel must be ddp or fsdp for 2 processes, got 'none'"),
+        ("pipeline", {}, "parallel must be one of none, ddp, fsdp, tensor, got 'pipeline'"),
+        ("none", {"RANK": "0", "WORLD_SIZE": "2"}, "parallel must be ddp, fsdp or tensor for 2 processes, got 'none'"),
     ],
 )
 def test_what_cannot_start(kind, environment, message, monkeypatch):

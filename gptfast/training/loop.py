@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .batch import Batch
 from .graph import GraphedStep
 from .objective import Objective
-from .parallel import Parallel, clip_gradients
+from .parallel import Parallel, alike, clip_gradients
 from .report import LOG_FILE, Report, keep_log_up_to, peak_flops, training_flops
 from .settings import Settings, learning_rate
 from .state import State, fingerprint
@@ -58,8 +58,10 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": params, "weight_decay": decay}
+        for some, decay in ((matrices, settings.weight_decay), (others, 0.0))
+        for params in alike(some)
+        if params
     ]
     return torch.optim.AdamW(groups, settings.learning_rate, (settings.beta1, settings.beta2), fused=True)
 
@@ -91,12 +93,13 @@ def fit(
         FloatingPointError: the loss or its gradient is no longer finite; names the batch.
         OSError: a file cannot be written.
     """
-    parts = parallel.world * settings.accumulate
+    parts = parallel.replicas * settings.accumulate
     if settings.batch_size < parts:
         raise ValueError(f"batch_size must be at least ranks * accumulate = {parts}, got {settings.batch_size}")
     device = objective.model.device
-    if options.cuda_graph and (device.type != "cuda" or parts > 1):
-        raise ValueError(f"cuda_graph needs one GPU and accumulate = 1, got {device}, {parts} parts a step")
+    if options.cuda_graph and (device.type != "cuda" or parts > 1 or parallel.world > 1):
+        many = f"{parallel.world} ranks, accumulate = {settings.accumulate}"
+        raise ValueError(f"cuda_graph needs one GPU and accumulate = 1, got {device}, {many}")
     run = fingerprint(settings, objective.model.config, data.fingerprint())
     if options.checkpoint_activations:
         objective.model.gradient_checkpointing_enable()
@@ -108,7 +111,7 @@ def fit(
         (folder / LOG_FILE).touch()
         keep_log_up_to(folder / LOG_FILE, first)
 
-    mine = range(parallel.rank * settings.accumulate, (parallel.rank + 1) * settings.accumulate)
+    mine = range(parallel.replica * settings.accumulate, (parallel.replica + 1) * settings.accumulate)
 
     def batches(step: int) -> list[Batch]:
         return [data.batch(step, part, parts).to(device) for part in mine]
@@ -120,7 +123,7 @@ def fit(
             with parallel.accumulating(module, last=i + 1 == len(batches)):
                 with autocast(settings, device):
                     loss, _, _ = module(batch)
-                (loss * parallel.world).backward()  # DDP and FSDP take the mean over ranks of what is a sum
+                (loss * parallel.replicas).backward()  # DDP and FSDP take the mean over ranks of what is a sum
             total += loss.detach()
         return total
 
@@ -142,7 +145,7 @@ def fit(
     with _interruptible() as interrupted, closing(report), _prefetched(batches, first, settings.steps) as ahead:
         watch = Watch(parallel, device)
         for step, batch in enumerate(ahead, first):
-            torch.manual_seed(settings.seed * 1_000_003 + step * parallel.world + parallel.rank)  # dropout
+            torch.manual_seed(settings.seed * 1_000_003 + step * parallel.replicas + parallel.replica)  # dropout
             rate = learning_rate(step, settings)
             for group in optimizer.param_groups:
                 group["lr"] = rate
