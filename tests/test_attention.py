@@ -723,6 +723,8 @@ def test_errors_of_other_arguments():
         (ValueError, "cu_seqlens_k must be \\[B \\+ 1\\], the same for q and k", (q, k, v, cu, cu[:2], 4, 4)),
         (TypeError, "cu_seqlens_q must be int32 or int64", (q, k, v, cu.float(), cu, 4, 4)),
         (ValueError, "cu_seqlens_k is on meta, but q is on", (q, k, v, cu, cu.to("meta"), 4, 4)),
+        (TypeError, "max_seqlen_q must be an integer, got 4.0", (q, k, v, cu, cu, 4.0, 4)),
+        (ValueError, "max_seqlen_k must be at least 0, got -1", (q, k, v, cu, cu, 4, -1)),
     ]:
         with pytest.raises(error, match=message):
             flash_attention_varlen(*arguments, backend="torch")
@@ -730,6 +732,16 @@ def test_errors_of_other_arguments():
         flash_attention_qkvpacked(q)
     with pytest.raises(ValueError, match="key_padding_mask is on meta, but k is on"):
         flash_attention(q[None], k[None], v[None], key_padding_mask=torch.ones(1, 6, device="meta"))
+
+
+@pytest.mark.parametrize("length", [-1, 4])
+def test_lengths_that_do_not_fit_are_refused_on_a_cpu(length):
+    """On a GPU, where reading them costs a synchronisation, they mean no key, and every key."""
+    q = torch.zeros(2, 3, 1, 16)
+    lengths = torch.tensor([2, length])
+    for backend in ("triton", "torch", "reference"):
+        with pytest.raises(ValueError, match=f"key_padding_mask of lengths must be from 0 to S = 3, got {length}"):
+            flash_attention(q, q, q, key_padding_mask=lengths, backend=backend)
 
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:86", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942"])

@@ -962,8 +962,8 @@ def flash_attention(
         causal: query t sees keys up to t + S - T.
         softmax_scale: any finite number; 1 / sqrt(D) if None.
         dropout_p: probability of zeroing an attention weight, in [0, 1). Pass 0 outside training.
-        key_padding_mask: bool [B, S], True where the key takes part; or integer [B], how many of the first keys do.
-            What the other slots hold, NaN included, has no effect.
+        key_padding_mask: bool [B, S], True where the key takes part; or int32 or int64 [B], how many of the first keys
+            do: 0 to S, which is checked on a CPU. What the other slots hold, NaN included, has no effect.
         window_size: (left, right): query t sees keys from t + S - T - left to t + S - T + right; None is unbounded.
         return_lse: also return the logsumexp of the scores.
         deterministic: True: gradients are the same bits in each run, or an error says that the backend cannot promise
@@ -1054,6 +1054,11 @@ def flash_attention_varlen(
             raise TypeError(f"{name} must be int32 or int64, got {cu.dtype}")
         if cu.device != q.device:
             raise ValueError(f"{name} is on {cu.device}, but q is on {q.device}")
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if not isinstance(longest, (int, torch.SymInt)):
+            raise TypeError(f"{name} must be an integer, got {longest!r}")
+        if longest < 0:
+            raise ValueError(f"{name} must be at least 0, got {longest}")
     chosen = _choose("flash_attention_varlen", q, scale, False, deterministic, backend)
     if chosen == "triton" and (q.is_cuda or torch.compiler.is_compiling()):
         starts_q = starts_k = []
@@ -1147,6 +1152,11 @@ def _as_mask(key_padding_mask: Tensor | None, k: Tensor) -> Tensor | None:
         raise TypeError(f"key_padding_mask must be bool, or int32 or int64 lengths, got {key_padding_mask.dtype}")
     if key_padding_mask.shape != (B,):
         raise ValueError(f"key_padding_mask of lengths must be [B] = [{B}], got shape {list(key_padding_mask.shape)}")
+    if B and k.device.type == "cpu" and not torch.compiler.is_compiling():
+        least, most = map(int, key_padding_mask.aminmax())
+        if least < 0 or most > S:
+            wrong = least if least < 0 else most
+            raise ValueError(f"key_padding_mask of lengths must be from 0 to S = {S}, got {wrong}")
     return torch.arange(S, device=k.device) < key_padding_mask[:, None]
 
 
