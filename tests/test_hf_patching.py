@@ -1,12 +1,18 @@
 """transformers' own models with our ops patched in: the same numbers, and back again bit for bit."""
 
 import copy
+import json
+import sys
 
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers", minversion="5", reason="needs transformers >= 5")
 
+import hf_patching  # noqa: E402
+
+import gptfast  # noqa: E402
+from gptfast import hf  # noqa: E402
 from gptfast.hf import apply_gptfast, apply_gptfast_to_gpt2, apply_gptfast_to_openai_gpt  # noqa: E402
 from gptfast_kernels.modules import GELU, LayerNorm  # noqa: E402
 
@@ -301,6 +307,15 @@ def test_twice(name):
         apply(model)
 
 
+@pytest.mark.parametrize("package", [gptfast, hf])
+def test_gptfasts_own_models_are_refused(package):
+    """Another LayerNorm would only keep their blocks from fusing it."""
+    model = package.OpenAIGPTLMHeadModel((gptfast if package is gptfast else transformers).OpenAIGPTConfig(**SMALL))
+    with pytest.raises(ValueError, match="has gptfast's ops already"):
+        apply_gptfast(torch.nn.Sequential(model))
+    assert type(model.transformer.h[0].ln_1) is torch.nn.LayerNorm
+
+
 def test_revert_refuses_where_something_else_came_after():
     model = openai_gpt()
     patch = apply_gptfast_to_openai_gpt(model)
@@ -314,3 +329,28 @@ def test_revert_refuses_where_something_else_came_after():
     assert state(model) == before
     patch.revert()
     assert type(model.transformer.h[0]).__module__.startswith("transformers.")
+
+
+# -- the benchmark ----------------------------------------------------------------------------------------------
+
+
+def test_benchmark(monkeypatch, tmp_path):
+    config = {**SMALL, "n_positions": 512, "n_layer": 1}
+    kind = transformers.OpenAIGPTLMHeadModel
+    monkeypatch.setattr(hf_patching, "models", lambda: [("tiny", kind, transformers.OpenAIGPTConfig(**config))])
+    monkeypatch.setattr(hf_patching, "pin_threads", lambda threads: None)
+    monkeypatch.setattr(sys, "argv", ["hf_patching.py", "--rounds", "4", "--json", str(tmp_path / "report.json")])
+    hf_patching.main()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len({row["cell"] for row in report["rows"]}) == 5
+    for row in report["rows"]:
+        assert row["speedup"]["patched"] == row["median_ms"]["transformers"] / row["median_ms"]["patched"]
+        slower = row["speedup"]["patched"] < 1 / hf_patching.SLOWER
+        assert (f"tiny, {row['cell']}" in report["slower"]) == slower
+
+    def wrong(model):
+        model.transformer.h[0].ln_1.weight.data *= 1.1
+
+    monkeypatch.setattr(hf_patching, "apply_gptfast", wrong)
+    with pytest.raises(SystemExit, match="tiny, forward 1 x 32: patched is wrong"):
+        hf_patching.main()

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from gptfast_kernels import flash_attention_qkvpacked, linear_gelu
 from gptfast_kernels.modules import GELU, LayerNorm
 
+from ..pretrained import OpenAIGPTPreTrainedModel as OurPreTrainedModel
 from .attention import NAME, register_attention
 
 # Modules that compute GELU, and which form.
@@ -237,7 +238,7 @@ def apply_gptfast(model: nn.Module, *, attention: bool = True, layer_norm: bool 
         What was changed and what was left, with the reason; ``revert()`` undoes it.
 
     Raises:
-        TypeError: ``model`` is no module. ValueError: it is patched already.
+        TypeError: ``model`` is no module. ValueError: it is patched already, or one of gptfast's own.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -245,6 +246,8 @@ def apply_gptfast(model: nn.Module, *, attention: bool = True, layer_norm: bool 
 
 
 def _apply(model: nn.Module, attention: bool, layer_norm: bool, gelu: bool) -> Patch:
+    if any(isinstance(module, OurPreTrainedModel) for module in model.modules()):
+        raise ValueError(f"model has gptfast's ops already: {type(model).__name__} is, or holds, one of gptfast's own")
     patched = [name for name, module in model.named_modules() if type(module).__module__ == __name__]
     implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if patched or (attention and implementation == NAME):
