@@ -39,9 +39,28 @@ def test_layer_norm_drops_in_training_only():
     torch.testing.assert_close(norm(x), F.layer_norm(x, (64,)))
 
 
-def test_layer_norm_of_several_dimensions_is_refused():
-    with pytest.raises(ValueError, match=r"normalized_shape must be one dimension, got \[2, 8\]"):
-        modules.LayerNorm([2, 8])
+@pytest.mark.parametrize(
+    ("message", "make"),
+    [
+        (r"normalized_shape must be one dimension, got \[2, 8\]", lambda: modules.LayerNorm([2, 8])),
+        (r"dropout_p must be in \[0, 1\), got 1.5", lambda: modules.LayerNorm(8, dropout_p=1.5)),
+        ("approximate must be 'tanh' or 'none', got 'erf'", lambda: modules.LinearGELU(8, 8, approximate="erf")),
+        (
+            "reduction must be one of mean, sum, none, got 'avg'",
+            lambda: modules.LinearCrossEntropy(8, 9, reduction="avg"),
+        ),
+    ],
+)
+def test_what_forward_would_refuse_is_refused_when_made(message, make):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_repr_tells_what_torchs_own_has_not():
+    assert repr(modules.LayerNorm(8)) == repr(torch.nn.LayerNorm(8))
+    assert repr(modules.LayerNorm(8, dropout_p=0.1, prenorm=True)).endswith("bias=True, dropout_p=0.1, prenorm=True)")
+    head = modules.LinearCrossEntropy(8, 9, ignore_index=3, reduction="sum", shift=True)
+    assert repr(head).endswith("bias=False, ignore_index=3, reduction='sum', shift=True)")
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])

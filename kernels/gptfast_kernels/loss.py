@@ -320,8 +320,7 @@ def linear_cross_entropy(
         bias differ in dtype, without autocast. IndexError: a target is out of range, on a CPU; on a GPU, where reading
         one back costs a synchronisation, its loss is NaN. RuntimeError: the backend asked for cannot run.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    check_reduction(reduction)
     check_linear("hidden", hidden, weight, bias)
     if len(weight) == 0:
         raise ValueError(f"weight must have at least one row, got shape {list(weight.shape)}")
@@ -372,3 +371,8 @@ def _mean(total: Tensor, counts: Tensor) -> Tensor:
     """NaN where nothing counts, as ``F.cross_entropy``, with gradients of zero, as there."""
     n = counts.sum()
     return torch.where(n > 0, total / n.clamp(min=1), torch.nan)
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._dispatch import check_dropout
 from .activation import check_gelu, gelu
-from .loss import linear_cross_entropy
+from .loss import check_reduction, linear_cross_entropy
 from .normalization import layer_norm
 from .projection import linear_gelu
 
@@ -29,7 +30,7 @@ class LayerNorm(nn.LayerNorm):
         eps, elementwise_affine, bias, device, dtype: as ``nn.LayerNorm``.
 
     Raises:
-        ValueError: ``normalized_shape`` has more than one dimension.
+        ValueError: ``normalized_shape`` has more than one dimension, or ``dropout_p`` is not in [0, 1).
     """
 
     dropout_p: float = 0.0
@@ -50,6 +51,7 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device=device, dtype=dtype)
         if len(self.normalized_shape) != 1:
             raise ValueError(f"normalized_shape must be one dimension, got {list(self.normalized_shape)}")
+        check_dropout(dropout_p)
         self.dropout_p = dropout_p
         self.prenorm = prenorm
 
@@ -64,6 +66,10 @@ class LayerNorm(nn.LayerNorm):
             eps=self.eps,
             prenorm=self.prenorm,
         )
+
+    def extra_repr(self) -> str:
+        more = f", dropout_p={self.dropout_p}" * (self.dropout_p > 0) + ", prenorm=True" * self.prenorm
+        return super().extra_repr() + more
 
 
 class GELU(nn.GELU):
@@ -121,6 +127,7 @@ class LinearCrossEntropy(nn.Linear):
         reduction: str = "mean",
         shift: bool = False,
     ) -> None:
+        check_reduction(reduction)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.ignore_index, self.reduction, self.shift = ignore_index, reduction, shift
 
@@ -135,6 +142,10 @@ class LinearCrossEntropy(nn.Linear):
             reduction=self.reduction,
             shift=self.shift,
         )
+
+    def extra_repr(self) -> str:
+        how = f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, shift={self.shift}"
+        return f"{super().extra_repr()}, {how}"
 
 
 def replace_modules(model: nn.Module) -> list[str]:
