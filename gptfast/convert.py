@@ -111,7 +111,7 @@ def save_tensorflow(model: Any, folder: str | os.PathLike) -> None:
 
     Raises:
         TypeError: ``model`` is of no class that TensorFlow had. ValueError: its LM head is not tied, as TensorFlow's
-        always is. ImportError: h5py is not installed.
+        always is; or it holds adapters or int8 weights. ImportError: h5py is not installed.
     """
     kind = type(model).__name__
     if kind not in _TENSORFLOW_MODELS:
@@ -124,6 +124,10 @@ def save_tensorflow(model: Any, folder: str | os.PathLike) -> None:
     head = state_dict.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, state_dict["transformer.tokens_embed.weight"]):
         raise ValueError("model has an LM head of its own: TensorFlow's classes have none but the token table")
+
+    for key in state_dict:
+        if key.rpartition(".")[2] not in ("weight", "bias") or "base_layer" in key or "lora" in key:
+            raise ValueError(f"model has {key}, which TensorFlow's class has not: merge adapters, and save before int8")
 
     layers: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in state_dict.items():
