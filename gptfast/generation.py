@@ -44,7 +44,8 @@ def distribution(
     2019, arXiv:1904.09751). Tokens as likely as the last one that is kept are kept too.
     """
     V = logits.shape[-1]
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # from 0 down: the smallest overflows nothing
     top_p = None if top_p is None or top_p >= 1 else top_p
     if top_k or top_p is not None:
         best = logits.topk(min(top_k or V, V)).values  # falling
@@ -200,9 +201,13 @@ class Decoder:
 # ---- generating
 
 
-def check_count(name: str, value: int, least: int = 1) -> None:
+def check_int(name: str, value: int) -> None:
     if not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    check_int(name, value)
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
@@ -222,6 +227,7 @@ def _seeds(
     if len(seeds) != B:
         raise ValueError(f"seed must be an int or one for each of the {B} rows, got {len(seeds)}")
     for one in seeds[:1] if isinstance(seed, int) else seeds:
+        check_int("seed", one)
         if not 0 <= one < 2**63:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {one}")
     return seeds
@@ -278,6 +284,8 @@ class GenerationMixin:
             raise ValueError("return_dict_in_generate must be False: only the ids are returned")
         if pad_token_id is None:
             pad_token_id = self.config.pad_token_id  # type: ignore[attr-defined]
+        if pad_token_id is not None:
+            check_int("pad_token_id", pad_token_id)
         stops = self._stop_tokens(settings.pop("eos_token_id", None))
         if attention_mask is None and pad_token_id is not None and pad_token_id not in stops:
             attention_mask = input_ids != pad_token_id
@@ -413,6 +421,7 @@ class GenerationMixin:
         if overflow not in ("error", "slide"):
             raise ValueError(f"overflow must be 'error' or 'slide', got {overflow!r}")
         vocab_size = self.config.vocab_size  # type: ignore[attr-defined]
+        check_int("pad_token_id", pad_token_id)
         if not 0 <= pad_token_id < vocab_size:
             raise ValueError(f"pad_token_id must be from 0 to {vocab_size - 1}, got {pad_token_id}")
         rows = [row[keep] for row, keep in zip(input_ids, mask, strict=True)] if mask is not None else [*input_ids]

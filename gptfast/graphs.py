@@ -25,6 +25,7 @@ from gptfast_kernels import _dispatch
 
 from .generation import Decoder, Settings
 from .heads import OpenAIGPTLMHeadModel
+from .linear import is_watched
 from .model import OpenAIGPTModel
 
 KEPT_DECODERS = 4  # of a model; each holds a cache
@@ -108,6 +109,8 @@ def why_not(model: nn.Module) -> str | None:
 def _why_not_now(model: nn.Module) -> str | None:
     if any(module.training for module in model.modules()):
         return "the model is in training mode"
+    if any(is_watched(module) for module in model.modules()):
+        return "a module has hooks or a forward of its own, which a replay would not call"
     if torch.is_grad_enabled():
         return "a gradient may be wanted: torch.no_grad() or torch.inference_mode() rules it out"
     if torch.compiler.is_compiling():
@@ -165,7 +168,9 @@ class Captured:
             return "attention_mask was given, and capture(…, attention_mask=True) was not asked for"
         if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
             return "input_ids are not [B, T]"
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        if input_ids.dtype not in (torch.int32, torch.int64):
+            return f"input_ids are {input_ids.dtype}"
+        if attention_mask is not None and getattr(attention_mask, "shape", None) != input_ids.shape:
             return "attention_mask has not the shape of input_ids"
         if bucket(self.shapes, *input_ids.shape) is None:
             return f"{input_ids.shape[0]} x {input_ids.shape[1]} fits in no shape that was captured"

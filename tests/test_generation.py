@@ -476,6 +476,9 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"repetition_penalty": 0.0}, ValueError, "repetition_penalty must be positive, got 0.0"),
     ({"seed": -1}, ValueError, "seed must be from 0 to"),
     ({"seed": [1, 2, 3]}, ValueError, "seed must be an int or one for each of the 2 rows, got 3"),
+    ({"seed": 1.5, "do_sample": True}, TypeError, "seed must be an int, got 1.5"),
+    ({"pad_token_id": 1.5}, TypeError, "pad_token_id must be an int, got 1.5"),
+    ({"pad_token_id": "a"}, TypeError, "pad_token_id must be an int, got 'a'"),
     ({"overflow": "wrap"}, ValueError, "overflow must be 'error' or 'slide', got 'wrap'"),
     ({"beams": 4}, TypeError, "beams"),
 ]
@@ -488,6 +491,12 @@ def test_bad_arguments(arguments, error, message):
         model.generate(**{"input_ids": ids(2, 5), "streamer": recorder, **arguments})
     assert choices == []
     assert recorder.seen == []
+
+
+def test_the_coldest_sampling_is_greedy():
+    model, x = make(), ids(2, 5)
+    cold = model.generate(x, max_new_tokens=9, do_sample=True, temperature=1e-40, seed=0)
+    assert torch.equal(cold, model.generate(x, max_new_tokens=9))
 
 
 def test_neutral_settings_change_nothing():

@@ -204,6 +204,31 @@ def test_what_runs_uncaptured_says_why():
     assert [row.backend for row in gptfast.explain(fast, x)][:1] == ["CUDA graph"]
 
 
+def test_hooks_are_called_and_not_replayed():
+    model, x, calls = make(), ids(1, 8), []
+    fast = gptfast.capture(model, [(1, 8)])
+    ran(lambda: fast(x))
+    handle = model.transformer.h[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    for seen in (1, 2):
+        _, how, reason = ran(lambda: fast(x))
+        assert (how, len(calls)) == ("no CUDA graph", seen)
+        assert reason == "a module has hooks or a forward of its own, which a replay would not call"
+    model.generate(x, max_new_tokens=3)
+    assert len(calls) == 2 + 3
+    handle.remove()
+    assert ran(lambda: fast(x))[1] == "CUDA graph"
+
+
+def test_what_a_model_refuses_a_captured_one_refuses():
+    model, x = make(), ids(1, 8)
+    fast = gptfast.capture(model, [(1, 8)], attention_mask=True)
+    with torch.no_grad():
+        with pytest.raises(TypeError, match=r"input_ids must be int32 or int64, got torch\.float32"):
+            fast(x.float())
+        with pytest.raises(TypeError, match="attention_mask must be a tensor, got list"):
+            fast(x, [[1] * 8])
+
+
 def test_without_a_gpu_nothing_is_captured(monkeypatch):
     monkeypatch.undo()
     model, x = make().cpu(), ids(1, 8).cpu()
