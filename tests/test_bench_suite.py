@@ -268,7 +268,7 @@ def test_the_gpu_command_says_that_there_is_none(monkeypatch):
 def test_the_gpu_command_times_nothing_where_a_test_is_red(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "gptfast", lambda argv: pytest.fail("was timed"))
-    monkeypatch.setattr(gpu, "_tests", lambda: [sys.executable, "-c", "raise SystemExit(1)"])
+    monkeypatch.setattr(gpu, "_tests", lambda **_: [sys.executable, "-c", "raise SystemExit(1)"])
     with pytest.raises(SystemExit, match="tests are red"):
         gpu.main(["--output-dir", str(tmp_path)])
     assert json.loads((tmp_path / "tests.json").read_text())["exit_codes"] == {"tests": 1}
@@ -278,7 +278,7 @@ def test_the_gpu_command_times_with_what_time_is_left(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "gptfast", lambda argv: asked.append(argv) or 0)
-    monkeypatch.setattr(gpu, "_tests", lambda: [sys.executable, "-c", ""])
+    monkeypatch.setattr(gpu, "_tests", lambda **_: [sys.executable, "-c", ""])
     gpu.main(["--output-dir", str(tmp_path), "tests", "bench", "--", "--quick", "--first", "3"])
     (argv,) = asked
     assert argv[:3] == ["bench", "--device", "cuda"]
@@ -287,6 +287,17 @@ def test_the_gpu_command_times_with_what_time_is_left(tmp_path, monkeypatch):
     assert 60 <= seconds <= gpu.MINUTES * 60
     with pytest.raises(SystemExit):
         gpu.main(["nothing"])
+
+
+def test_the_gpu_commands_tests_leave_time_to_time(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "gptfast", lambda argv: asked.append(argv) or 0)
+    monkeypatch.setattr(gpu, "_tests", lambda **_: [sys.executable, "-c", "import time; time.sleep(60)"])
+    monkeypatch.setattr(gpu, "TEST_SECONDS", 0.2)
+    gpu.main(["--output-dir", str(tmp_path)])
+    assert asked
+    assert "cut off" in json.loads((tmp_path / "tests.json").read_text())["exit_codes"]["tests"]
 
 
 def test_pages_are_made_of_an_interrupted_run_too(tmp_path, fake, capsys, monkeypatch):
