@@ -86,8 +86,8 @@ def quantize(model: nn.Module) -> nn.Module:
     """Rounds the weights of every ``Conv1D`` and of the LM head to int8, in place, for decoding on a CPU.
 
     The embeddings stay as they are, and so do classification and multiple-choice heads. Save and train before: an int8
-    model does neither. Up to ``INT8_ROWS`` rows at once are multiplied in bfloat16, more in the model's dtype, so that a
-    row of a larger batch is not bit for bit the row alone.
+    model does neither. Up to ``INT8_ROWS`` rows at once are multiplied in bfloat16, more in the model's dtype, so a row
+    of a larger batch is not bit for bit the row alone.
 
     Args:
         model: any of the GPT-1 classes, in eval mode, on a CPU.

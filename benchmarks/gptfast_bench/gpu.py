@@ -3,8 +3,9 @@
     python -m gptfast_bench.gpu [--output-dir FOLDER] [tests] [bench] [sanitize] [-- arguments of gptfast bench]
 
 ``make gpu`` runs tests and bench, in ten minutes together: the tests stop at the first that is red, and then nothing is
-timed, or after four minutes. ``tests`` alone runs them to the end. The rows that are most wanted come first and are kept
-one by one, so a run that is cut off has them, and ``bench -- --resume FILE`` goes on behind them. The sanitizer, a hundred times as slow as the tests, is a run of its own. Has not run on a GPU yet.
+timed, or after four minutes. ``tests`` alone runs them to the end. The rows that are most wanted come first and are
+kept one by one, so a run that is cut off has them, and ``bench -- --resume FILE`` goes on behind them. The sanitizer, a
+hundred times as slow as the tests, is a run of its own. Has not run on a GPU yet.
 """
 
 import argparse
