@@ -289,6 +289,13 @@ def test_the_gpu_command_times_with_what_time_is_left(tmp_path, monkeypatch):
         gpu.main(["nothing"])
 
 
+def test_limits_measured_twice_are_the_higher():
+    first = {"copy_gb_s": 20.0, "read_gb_s": 30.0, "matmul_tflop_s": {"float32": 0.3}}
+    again = {"copy_gb_s": 25.0, "read_gb_s": 10.0, "matmul_tflop_s": {"float32": 0.2, "bfloat16": 1.0}}
+    highest = {"copy_gb_s": 25.0, "read_gb_s": 30.0, "matmul_tflop_s": {"float32": 0.3, "bfloat16": 1.0}}
+    assert suite._highest(first, again) == suite._highest(again, first) == highest
+
+
 def test_the_gpu_commands_tests_leave_time_to_time(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
