@@ -237,7 +237,7 @@ CONFIGS: dict[tuple[str, str, int], dict[str, Config]] = {
         "gfx942 dropout": Config(32, 32, 4, 1, registers=512),
     },
     # NVIDIA multiplies IEEE float32 without matrix instructions, and a thread holds whole rows: tiles are small.
-    ("forward", "float32", 64): {"": Config(32, 32, 4, 1, blocks=2)},
+    ("forward", "float32", 64): {"": Config(16, 32, 4, 1, blocks=2)},
     ("backward_dq", "float32", 64): {"": Config(16, 32, 4, 1, blocks=2)},
     ("backward_dkv", "float32", 64): {
         "": Config(16, 32, 4, 1, blocks=2),
