@@ -93,3 +93,14 @@ def test_readme_states_what_each_dtype_costs():
         ("… decoded one by one", "logit_error_decoding", ".1e"),
     ):
         assert f"| {title} | " + " | ".join(f"{row[key]:{form}}" for row in figures["dtypes"]) + " |" in readme
+
+
+def test_readme_states_what_a_training_step_takes():
+    figures = json.loads((ROOT / "benchmarks" / "results" / "training-step-cpu.json").read_text())
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    ours, theirs, compiled = (
+        [f"{figures[who]['ms'] / 1e3:.1f} s", f"{figures[who]['peak_mb'] / 1e3:.1f} GB"]
+        for who in ("gptfast", "transformers", "compile")
+    )
+    assert f"{ours[0]} and {ours[1]} of memory; transformers {theirs[0]} and {theirs[1]}" in readme
+    assert f"`torch.compile` {compiled[0]} and {compiled[1]}." in readme

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from gptfast import OpenAIGPTConfig
-from gptfast.training import step_benchmark
 from gptfast.training.report import Report, peak_flops, training_flops
+from gptfast_bench import training_step
 
 CPU = torch.device("cpu")
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -15,17 +15,17 @@ CONFIG = OpenAIGPTConfig(vocab_size=60, n_positions=16, n_embd=32, n_layer=2, n_
 def test_contenders_take_the_same_steps():
     pytest.importorskip("transformers", reason="the contender")
     size = {"batch_size": 2, "context": 16, "device": CPU, "dtype": "float32"}
-    ours, theirs = (step_benchmark.make_step(name, CONFIG, **size) for name in ("gptfast", "transformers"))
+    ours, theirs = (training_step.make_step(name, CONFIG, **size) for name in ("gptfast", "transformers"))
     losses = [(ours(), theirs()) for _ in range(4)]
     for a, b in losses:
         assert a == pytest.approx(b, abs=1e-5)
     assert losses[3][0] < losses[0][0]
     with pytest.raises(ValueError, match="contender must be one of gptfast, transformers, compile, got 'jax'"):
-        step_benchmark.make_step("jax", CONFIG, **size)
+        training_step.make_step("jax", CONFIG, **size)
 
 
 def test_measure():
-    rows = step_benchmark.measure(iter([3.0, 2.0, 1.0, 0.5]).__next__, device=CPU, warm_up=1, rounds=3)
+    rows = training_step.measure(iter([3.0, 2.0, 1.0, 0.5]).__next__, device=CPU, warm_up=1, rounds=3)
     assert rows["loss"] == 3.0
     assert 0 <= rows["fastest_ms"] <= rows["ms"] <= rows["slowest_ms"]
     assert rows["peak_mb"] > 10

@@ -6,6 +6,7 @@
     suite.py     which cells a run has; one process measures, another keeps what it has found
     report.py    a finished run as a table, CSV, the README's tables; page.py as an HTML page with pictures
     compare.py   two runs: what got slower, beyond noise
+    training_step.py   a whole training step, optimizer and all, each contender in a process of its own: a command apart
     gpu.py       what ``make gpu`` runs: the tests first
 
 Imports flow one way, ``gptfast_bench → gptfast → gptfast_kernels``, but for the command line, which starts this.

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from gptfast_kernels import flash_attention_qkvpacked, linear_gelu
 from gptfast_kernels.modules import GELU, LayerNorm
 
+from ..linear import is_plain
 from ..pretrained import OpenAIGPTPreTrainedModel as OurPreTrainedModel
 from .attention import NAME, register_attention
 
@@ -168,17 +169,11 @@ class _FusedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         c_fc: Any = self.c_fc
-        if _is_plain(c_fc):
+        if is_plain(c_fc, Conv1D):
             h = linear_gelu(x, c_fc.weight.t(), c_fc.bias)
         else:  # an adapter, or a hook, that wants to be called
             h = self.act(c_fc(x))  # type: ignore[operator]
         return self.dropout(self.c_proj(h))  # type: ignore[operator]
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a projection is no more than its weight and bias."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module) is Conv1D and not hooked
 
 
 class _OpenAIGPTMLP(_FusedMLP, modeling_openai.MLP):

@@ -47,21 +47,9 @@ class NewGELU(nn.Module):
         return gelu(input, approximate="tanh")
 
 
-class FastGELU(nn.Module):
+class FastGELU(NewGELU):
     """For transformers' FastGELUActivation: the tanh form too."""
 
-    has_backward = True
-    can_torch_compile = True
 
-    def forward(self, input: Tensor) -> Tensor:
-        return gelu(input, approximate="tanh")
-
-
-class GeluTanh(nn.Module):
+class GeluTanh(NewGELU):
     """For transformers' GELUTanh: the tanh form too."""
-
-    has_backward = True
-    can_torch_compile = True
-
-    def forward(self, input: Tensor) -> Tensor:
-        return gelu(input, approximate="tanh")

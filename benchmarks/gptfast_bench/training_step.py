@@ -1,9 +1,9 @@
 """One training step, ours beside transformers' and torch.compile's: time, and peak memory.
 
-    python -m gptfast.training.step_benchmark --batch-size 8 --context 512          one JSON object
+    python -m gptfast_bench.training_step --batch-size 8 --context 512          one JSON object
 
 Every contender starts from the same weights, with the same loss on the same ids, gradients clipped and AdamW's step
-taken; a step counts only if its loss agrees with ours. A benchmark suite takes ``make_step`` and ``measure``.
+taken; a step without dropout counts only if its loss agrees with ours.
 """
 
 import argparse
@@ -19,14 +19,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..config import OpenAIGPTConfig
-from ..heads import OpenAIGPTLMHeadModel
-from .batch import Batch
-from .loop import autocast, make_optimizer
-from .objective import Objective
-from .parallel import clip_gradients
-from .report import peak_flops, training_flops
-from .settings import Settings
+from gptfast import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+from gptfast.training.batch import Batch
+from gptfast.training.loop import autocast, make_optimizer
+from gptfast.training.objective import Objective
+from gptfast.training.parallel import clip_gradients
+from gptfast.training.report import peak_flops, training_flops
+from gptfast.training.settings import Settings
+
+from .harness import environment
 
 CONTENDERS = ("gptfast", "transformers", "compile")
 Step = Callable[[], float]  # takes one step, returns its loss
@@ -109,7 +110,7 @@ def measure(step: Step, *, device: torch.device, warm_up: int = 2, rounds: int =
 
 def run_alone(contender: str, arguments: Sequence[str]) -> dict[str, Any]:
     """``measure`` in a process of its own."""
-    command = [sys.executable, "-m", "gptfast.training.step_benchmark", "--contender", contender, *arguments]
+    command = [sys.executable, "-m", "gptfast_bench.training_step", "--contender", contender, *arguments]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
@@ -159,10 +160,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, row in rows.items():
             if abs(row["loss"] - rows["gptfast"]["loss"]) > (1e-3 if dtype == "float32" else 2e-2):
                 raise ValueError(f"{name}'s loss is {row['loss']}, ours is {rows['gptfast']['loss']}")
-    where = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    where["cpu"] = torch.backends.cpu.get_cpu_capability()
-    size = {"shape": [args.batch_size, args.context], "dtype": dtype, "device": args.device}
-    print(json.dumps(size | where | rows))
+    size = {"shape": [args.batch_size, args.context], "dtype": dtype}
+    print(json.dumps({"environment": environment(args.device, torch.get_num_threads())} | size | rows))
 
 
 if __name__ == "__main__":
