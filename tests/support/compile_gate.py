@@ -231,7 +231,7 @@ def _read_hip(kernel: str, metadata, paths: dict[str, Path], log: str, arch: str
         kernel=kernel,
         warps=warps,
         registers=registers,
-        spilled=field("vgpr_spill_count") + field("private_segment_fixed_size"),
+        spilled=field("private_segment_fixed_size"),  # vgpr_spill_count counts moves to accumulation registers too
         shared=shared,
         blocks=0 if shared > most else min(4 * waves // warps, whole // shared if shared else 32),
         matrix=_count(["v_mfma" for name in instructions if name.startswith("v_mfma")]),
