@@ -12,17 +12,18 @@ Shapes: B rows, T positions, N = B * T, H heads, D head dim, C = H * D width.
 """
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptfast_kernels import _dispatch, _triton
 
-from .linear import Conv1D
+from .linear import Conv1D, Int8Linear
 
 if TYPE_CHECKING:
-    from .model import AttentionContext, Block
+    from .model import Attention, AttentionContext
 
 QUERIES = 64  # a block of scores [H, 64, T] stays in the L2 cache
 GELU_ROWS = 64  # so do these rows of the MLP's inner columns
@@ -30,15 +31,28 @@ GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
 
 
 class Buffers:
-    """What one forward pass writes its intermediate results to."""
+    """What one forward pass writes its intermediate results to, and where its attention finds keys and values."""
 
-    def __init__(self, x: Tensor, inner_columns: int):
+    def __init__(self, x: Tensor, context: "AttentionContext", n_head: int, inner_columns: int):
         """For x [B, T, C]."""
-        N, C = x.shape[:2].numel(), x.shape[2]
+        B, T, C = x.shape
+        N = B * T
         self.qkv = x.new_empty(N, 3 * C)
         self.attention = x.new_empty(N, C)
         self.projected = x.new_empty(N, C)
         self.inner = x.new_empty(N, inner_columns)
+        self.gate = x.new_empty(GELU_ROWS if N >= GELU_ROWS else 0, inner_columns)
+
+        self.q, self.k, self.v = self.qkv.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)  # [B, H, T, D]
+        cache = context.cache
+        self.held = cache.seqlens if cache is not None else 0
+        if cache is not None and isinstance(self.held, int):
+            end = self.held + T
+            self.new = tuple(zip(*(c[:, :, self.held : end].transpose(2, 3) for c in (cache.k, cache.v)), strict=True))
+            self.kv = tuple(zip(*(c[:, :, :end].transpose(2, 3) for c in (cache.k, cache.v)), strict=True))
+        self.visible: Tensor | None = None  # bool [T, S], which keys a query sees
+        if isinstance(self.held, int) and self.held and 1 < T < 2 * QUERIES:
+            self.visible = x.new_ones(T, self.held + T, dtype=torch.bool).tril(self.held)
 
 
 def applies(x: Tensor) -> bool:
@@ -53,42 +67,43 @@ def applies(x: Tensor) -> bool:
     )
 
 
-def run_block(block: "Block", x: Tensor, context: "AttentionContext", layer: int, approximate: str) -> Tensor:
-    """What ``block(x)`` is for x [B, T, C], with GELU ``approximate``."""
-    buffers, attn, mlp = context.buffers, block.attn, block.mlp
-    assert buffers is not None
-    B, T, C = x.shape
-    x = x.reshape(B * T, C)
+class Parts(NamedTuple):
+    """What a block computes with: found once a forward pass, for ``nn.Module`` looks each up in three places."""
 
-    qkv = _project(attn.c_attn, x, buffers.qkv).view(B, T, 3, attn.n_head, C // attn.n_head)
-    if context.cache is None and context.key_padding_mask is None and T >= 2 * QUERIES:
-        a = _causal_attention(qkv, buffers.attention)
-    else:
-        a = attn.attend(qkv, context, layer)[0].reshape(B * T, C)
+    attn: "Attention"
+    c_attn: Conv1D | Int8Linear
+    c_proj: Conv1D | Int8Linear
+    ln_1: nn.LayerNorm
+    c_fc: Conv1D | Int8Linear
+    mlp_c_proj: Conv1D | Int8Linear
+    ln_2: nn.LayerNorm
+
+
+def run_block(parts: Parts, x: Tensor, context: "AttentionContext", layer: int, approximate: str) -> Tensor:
+    """What the block made of ``parts`` computes for x [B, T, C], with GELU ``approximate``."""
+    buffers = context.buffers
+    assert buffers is not None
+    shape = x.shape
+    x = x.reshape(-1, shape[2])
+    parts.c_attn.into(x, buffers.qkv)
+    a = _attend(parts.attn, buffers, context, layer)
     if _dispatch.is_recording():
         for op in ("layer_norm", "linear_gelu", "layer_norm"):
             _dispatch.select(op, "auto", _triton.why_not(x))
-    n = _normalize(block.ln_1, _project(attn.c_proj, a, buffers.projected).add_(x))
-    h = _gelu_(_project(mlp.c_fc, n, buffers.inner), approximate)
-    return _normalize(block.ln_2, _project(mlp.c_proj, h, buffers.projected).add_(n)).view(B, T, C)
-
-
-def _project(layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
-    """layer(x) [N, columns], in ``out`` unless its weight is int8."""
-    if not isinstance(layer, Conv1D):
-        return layer(x)
-    return torch.mm(x, layer.weight, out=out).add_(layer.bias)  # type: ignore[arg-type]
+    n = _normalize(parts.ln_1, parts.c_proj.into(a, buffers.projected).add_(x))
+    h = _gelu_(parts.c_fc.into(n, buffers.inner), approximate, buffers.gate)
+    return _normalize(parts.ln_2, parts.mlp_c_proj.into(h, buffers.projected).add_(n)).view(shape)
 
 
 def _normalize(ln: nn.LayerNorm, x: Tensor) -> Tensor:
     return torch.layer_norm(x, ln.normalized_shape, ln.weight, ln.bias, ln.eps)
 
 
-def _gelu_(x: Tensor, approximate: str) -> Tensor:
+def _gelu_(x: Tensor, approximate: str, buffer: Tensor) -> Tensor:
     """GELU of x [N, columns] in place. The tanh form is x * sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)."""
     if approximate == "none" or len(x) < GELU_ROWS:
         return torch.ops.aten.gelu_(x, approximate=approximate)
-    slope, buffer = x.new_tensor(GELU_SLOPE), x.new_empty(GELU_ROWS, x.shape[1])
+    slope = x.new_tensor(GELU_SLOPE)
     for rows in x.split(GELU_ROWS):
         gate = buffer[: len(rows)]
         torch.addcmul(slope, rows, rows, value=0.044715 * GELU_SLOPE, out=gate).mul_(rows).sigmoid_()
@@ -96,22 +111,40 @@ def _gelu_(x: Tensor, approximate: str) -> Tensor:
     return x
 
 
-def _causal_attention(qkv: Tensor, out: Tensor) -> Tensor:
-    """Attention of qkv [B, T, 3, H, D] in ``out`` [B * T, H * D]."""
+def _attend(attn: "Attention", buffers: Buffers, context: "AttentionContext", layer: int) -> Tensor:
+    """Attention [N, C] of what ``buffers.qkv`` holds, which is appended to the cache if there is one."""
+    q, k, v = buffers.q, buffers.k, buffers.v
+    B, H, T, D = q.shape
+    if context.key_padding_mask is not None or isinstance(buffers.held, Tensor):
+        return attn.attend(buffers.qkv.view(B, T, 3, H, D), context, layer)[0].reshape(B * T, H * D)
     if _dispatch.is_recording():
-        _dispatch.select("flash_attention", "auto", _triton.why_not(qkv))
-    B, T, _, H, D = qkv.shape
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, T, D]
+        op = "flash_attention_with_kvcache" if buffers.held else "flash_attention"
+        _dispatch.select(op, "auto", _triton.why_not(q))
+    if context.cache is not None:
+        new_k, new_v = buffers.new[layer]
+        new_k.copy_(k)
+        new_v.copy_(v)
+        k, v = buffers.kv[layer]
+    if T >= 2 * QUERIES:
+        return _causal_attention(q, k, v, buffers.attention)
+    a = F.scaled_dot_product_attention(q, k, v, buffers.visible, is_causal=T > 1 and not buffers.held)
+    return a.transpose(1, 2).reshape(B * T, H * D)
+
+
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
+    """Attention of q [B, H, T, D] over k and v [B, H, S, D], of which the last T are its own, in out [B * T, H * D]."""
+    B, H, T, D = q.shape
+    held = k.shape[2] - T
     o = out.view(B, T, H, D).transpose(1, 2)
-    future = qkv.new_full((QUERIES, QUERIES), -torch.inf).triu(1)
-    buffer = qkv.new_empty(H * QUERIES * T)
+    future = q.new_full((QUERIES, QUERIES), -torch.inf).triu(1)
+    buffer = q.new_empty(H * QUERIES * (held + T))
     for b in range(B):
         for start in range(0, T, QUERIES):
             end = min(start + QUERIES, T)
-            n = end - start
-            scores = buffer[: H * n * end].view(H, n, end)
-            torch.bmm(q[b, :, start:end] / math.sqrt(D), k[b, :, :end].transpose(1, 2), out=scores)
-            scores[:, :, start:].add_(future[:n, :n])
+            n, seen = end - start, held + end
+            scores = buffer[: H * n * seen].view(H, n, seen)
+            torch.bmm(q[b, :, start:end] / math.sqrt(D), k[b, :, :seen].transpose(1, 2), out=scores)
+            scores[:, :, held + start :].add_(future[:n, :n])
             torch.softmax(scores, -1, out=scores)
-            o[b, :, start:end] = torch.bmm(scores, v[b, :, :end])
+            o[b, :, start:end] = torch.bmm(scores, v[b, :, :seen])
     return out

@@ -26,15 +26,19 @@ class Conv1D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         return F.linear(x, self.weight.t(), self.bias)
 
+    def into(self, x: Tensor, out: Tensor) -> Tensor:  # [N, in] -> out [N, out], without autograd
+        return torch.mm(x, self.weight, out=out).add_(self.bias)
+
 
 def is_watched(module: nn.Module) -> bool:
     """Whether a call of ``module`` does more than its class says: somebody's hooks, or a ``forward`` set on it."""
+    own = module.__dict__
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
         or _has_any_global_hook()
     )
 
@@ -70,16 +74,22 @@ class Int8Linear(nn.Module):
         return self.weight.float() * self.scale.float()[:, None]
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        weight, scale = self.weight, self.scale
         rows = x if x.ndim == 2 else x.reshape(-1, self.in_features)
-        packed = rows.shape[0] <= INT8_ROWS and x.device.type == "cpu" and scale.dtype != torch.float64
-        if packed and not (torch.is_grad_enabled() and x.requires_grad):
-            y = torch._weight_int8pack_mm(rows.to(scale.dtype), weight, scale).to(x.dtype)
-        else:
-            y = F.linear(rows, weight.to(x.dtype)) * scale.to(x.dtype)
+        y = self._multiply(rows).to(x.dtype)
         if self.bias is not None:
             y += self.bias
         return y if x.ndim == 2 else y.view(*x.shape[:-1], self.out_features)
+
+    def into(self, x: Tensor, out: Tensor) -> Tensor:  # [N, in] -> out [N, out], without autograd
+        y = self._multiply(x)
+        return out.copy_(y) if self.bias is None else torch.add(y, self.bias, out=out)
+
+    def _multiply(self, x: Tensor) -> Tensor:  # [N, in] -> [N, out], before the bias
+        weight, scale = self.weight, self.scale
+        packed = len(x) <= INT8_ROWS and x.device.type == "cpu" and scale.dtype != torch.float64
+        if packed and not (torch.is_grad_enabled() and x.requires_grad):
+            return torch._weight_int8pack_mm(x.to(scale.dtype), weight, scale)
+        return F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
 
 
 def quantize(model: nn.Module) -> nn.Module:

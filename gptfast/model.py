@@ -155,8 +155,6 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
     def forward(self, x: Tensor, context: AttentionContext, layer: int) -> tuple[Tensor, Tensor | None]:
-        if context.buffers is not None and self._is_plain():
-            return cpu.run_block(self, x, context, layer, GELU_FORMS[self.mlp.afn]), None
         a, probs = self.attn(x, context, layer)
         n = self._add_and_normalize(a, x, self.ln_1)
         return self._add_and_normalize(self.mlp(n), n, self.ln_2), probs
@@ -167,16 +165,18 @@ class Block(nn.Module):
             return ln(residual + F.dropout(x, dropout_p))
         return layer_norm(x, ln.weight, ln.bias, residual=residual, dropout_p=dropout_p, eps=ln.eps)
 
-    def _is_plain(self) -> bool:
-        """Whether every part is what was built here, drops nothing, and nobody sees what is in between."""
-        attn, mlp = self.attn, self.mlp
-        return (
-            is_plain(attn, Attention)
-            and is_plain(mlp, MLP)
-            and all(is_plain(ln, nn.LayerNorm) for ln in (self.ln_1, self.ln_2))
-            and all(is_plain(x) or is_plain(x, Int8Linear) for x in (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj))
-            and not (self.training or attn.training)
-        )
+
+def plain_parts(block: Any) -> cpu.Parts | None:
+    """A block's parts, if all are what was built here, drop nothing, and nobody sees what is in between."""
+    if not is_plain(block, Block):
+        return None
+    attn, mlp = block.attn, block.mlp
+    if block.training or attn.training or not (is_plain(attn, Attention) and is_plain(mlp, MLP)):
+        return None
+    parts = cpu.Parts(attn, attn.c_attn, attn.c_proj, block.ln_1, mlp.c_fc, mlp.c_proj, block.ln_2)
+    linears = (parts.c_attn, parts.c_proj, parts.c_fc, parts.mlp_c_proj)
+    plain = all(is_plain(x) or is_plain(x, Int8Linear) for x in linears)
+    return parts if plain and is_plain(parts.ln_1, nn.LayerNorm) and is_plain(parts.ln_2, nn.LayerNorm) else None
 
 
 class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
@@ -255,12 +255,15 @@ class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
         x = self._embed(input_ids, inputs_embeds, token_type_ids, position_ids, B, T)
         weights_wanted = output_attentions or head_mask is not None
         if context.inference and not weights_wanted and config.afn in GELU_FORMS and cpu.applies(x):
-            context.buffers = cpu.Buffers(x, 4 * config.n_embd)
+            context.buffers = cpu.Buffers(x, context, config.n_head, 4 * config.n_embd)
         hidden_states, attentions = [], []
         for layer, block in enumerate(self.h):
             if output_hidden_states:
                 hidden_states.append(x)
-            if recompute:
+            parts = None if context.buffers is None else plain_parts(block)
+            if parts is not None:
+                x = cpu.run_block(parts, x, context, layer, GELU_FORMS[config.afn])
+            elif recompute:
                 x, probs = checkpoint(block, x, context, layer, **self.checkpoint_kwargs)
             else:
                 x, probs = block(x, context, layer)
