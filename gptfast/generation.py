@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .cache import KVCache
 from .inputs import check_ids, check_tensor
+from .linear import is_plain
 
 # Steps on a GPU between two looks at whether all rows have stopped: a look waits for the GPU. On a CPU it is free.
 LOOK_EVERY = 16
@@ -105,7 +106,11 @@ class Decoder:
 
     def __init__(self, model: Any, B: int, S: int | None, N: int, how: Settings):
         """S: positions of the cache; None: no cache."""
+        from .heads import OpenAIGPTLMHeadModel  # which can generate by this
+
         self.body, self.head, self.how = model.transformer, model.lm_head, how
+        # the logits of a model with hooks or a forward pass of its own are for that to make
+        self.whole = None if is_plain(model, OpenAIGPTLMHeadModel) else model
         device, V = self.head.weight.device, len(self.head.weight)
         self.cache = None if S is None else self.body.new_cache(B, S)
 
@@ -149,9 +154,15 @@ class Decoder:
 
     @torch.inference_mode()
     def run(self, ids: Tensor, cache: KVCache | None) -> Tensor:
-        """The body's last hidden state [B, T, C] of ids [B, T] behind what the cache holds."""
-        settings = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
-        return self.body(ids, past_key_values=cache, use_cache=False, **settings).last_hidden_state
+        """What logits are made from for ids [B, T] behind what the cache holds: hidden states [B, T, C].
+
+        The logits themselves [B, T, V] of a model with hooks or a forward pass of its own.
+        """
+        settings: dict[str, Any] = {"past_key_values": cache, "use_cache": False}
+        settings |= {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
+        if self.whole is not None:
+            return self.whole(ids, **settings).logits
+        return self.body(ids, **settings).last_hidden_state
 
     @torch.inference_mode()
     def reread(self, rows: list[int], windows: list[Tensor]) -> None:
@@ -174,9 +185,10 @@ class Decoder:
         self.choose(self.run(self.tokens[:, None], self.cache)[:, -1])
 
     @torch.inference_mode()
-    def choose(self, hidden: Tensor) -> None:
-        """Makes the next token of every row from hidden [B, C]. No host synchronisation."""
-        how, logits = self.how, self.head(hidden)
+    def choose(self, last: Tensor) -> None:
+        """Makes the next token of every row from what ``run`` gave for its last one. No host synchronisation."""
+        how = self.how
+        logits: Any = self.head(last) if self.whole is None else last
         if self.seen is not None:
             weaker = torch.where(logits > 0, logits / how.repetition_penalty, logits * how.repetition_penalty)
             logits = torch.where(self.seen, weaker, logits)
@@ -469,11 +481,11 @@ class GenerationMixin:
             return torch.cat([prompts[row], decoder.made[row, :count]])[start:]
 
         def read(count: int) -> Tensor:
-            """The hidden state [B, C] of every row's last token, from its whole window."""
+            """What ``run`` gives for every row's last token, from its whole window."""
             ids = [window(row, start, count) for row, start in enumerate(starts)]
             last = torch.tensor([len(row) - 1 for row in ids], device=device)
-            hidden = decoder.run(pad_sequence(ids, batch_first=True), decoder.cache)
-            return hidden[torch.arange(B, device=device), last]
+            states = decoder.run(pad_sequence(ids, batch_first=True), decoder.cache)
+            return states[torch.arange(B, device=device), last]
 
         def next_full() -> int:
             """The count of tokens made at which a row will have no room for the newest."""

@@ -289,7 +289,7 @@ def decoder(model: Any, B: int, S: int, N: int, how: Settings) -> Decoder:
 
     Sizes are rounded up to powers of two, so that few are recorded; the last ``KEPT_DECODERS`` are kept.
     """
-    if why_not(model) is not None:
+    if why_not(model) is not None or type(model).forward is not OpenAIGPTLMHeadModel.forward:
         return Decoder(model, B, S, N, how)
     size = (B, min(round_up(S), model.config.n_positions), round_up(N), how)
     kept = _decoders.setdefault(model, [])

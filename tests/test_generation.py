@@ -134,6 +134,33 @@ def test_settings_of_the_config_do_not_disturb():
     assert torch.equal(got, make().generate(ids(2, 5), attention_mask=ragged, max_new_tokens=9))
 
 
+class Banning(gptfast.OpenAIGPTLMHeadModel):
+    """Never says token 3."""
+
+    def forward(self, *args, **settings):
+        output = super().forward(*args, **settings)
+        output.logits[..., 3] = -torch.inf
+        return output
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_forward_pass_or_a_hook_of_ones_own_is_called(use_cache):
+    model = make()
+    with torch.no_grad():
+        model.lm_head.weight[3] *= 100  # says it often
+    prompt = ids(2, 5)
+    plain = model.generate(prompt, max_new_tokens=12, use_cache=use_cache)
+    assert 3 in plain[:, 5:]
+
+    banning = Banning(model.config).eval()
+    banning.load_state_dict(model.state_dict())
+    banned = banning.generate(prompt, max_new_tokens=12, use_cache=use_cache)
+    assert 3 not in banned[:, 5:]
+
+    model.register_forward_hook(lambda _, __, output: (output.logits[..., 3].fill_(-torch.inf), None)[1])
+    assert torch.equal(model.generate(prompt, max_new_tokens=12, use_cache=use_cache), banned)
+
+
 def test_types():
     model = make()
     expected = model.generate(ids(2, 5), max_new_tokens=9)
