@@ -164,6 +164,9 @@ class Captured:
         given = sorted(name for name, value in others.items() if value is not None)
         if given:
             return f"{', '.join(given)} was given, and graphs take input_ids and attention_mask alone"
+        config: Any = self.model.config
+        if config.output_attentions or config.output_hidden_states or config.use_cache or not config.return_dict:
+            return "the config asks for other outputs than graphs have"
         if attention_mask is not None and not self.attention_mask:
             return "attention_mask was given, and capture(…, attention_mask=True) was not asked for"
         if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:

@@ -13,6 +13,8 @@ import os
 import torch
 from torch import Tensor
 
+from gptfast_kernels import _triton
+
 from .cache import KVCache
 from .config import OpenAIGPTConfig
 
@@ -100,7 +102,7 @@ def _check_embeds(inputs_embeds: Tensor, table: Tensor) -> None:
     C, dtype = table.shape[1], inputs_embeds.dtype
     if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != C:
         raise ValueError(f"inputs_embeds must be [B, T, {C}], got shape {list(inputs_embeds.shape)}")
-    fits = torch.promote_types(dtype, table.dtype) == table.dtype or torch.is_autocast_enabled(table.device.type)
+    fits = torch.promote_types(dtype, table.dtype) == table.dtype or _triton.is_autocast_on(table.device)
     if not dtype.is_floating_point or not fits:
         raise TypeError(f"inputs_embeds must be {table.dtype} as the weights are, got {dtype}")
 

@@ -44,7 +44,7 @@ class DeferredLogits:
     def _sample(self) -> Tensor | None:
         """Some of the weight, for fused optimizers and ``.data`` change it uncounted; None where nobody may look."""
         weight = self.weight.detach()
-        without_values = type(weight) is not Tensor or torch._C._are_functorch_transforms_active()
+        without_values = type(weight) is not Tensor or weight.is_meta or torch._C._are_functorch_transforms_active()
         if without_values or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
             return None
         return weight[:: 1 + len(weight) // 512, :: 1 + weight.shape[1] // 64].clone()

@@ -204,6 +204,18 @@ def test_what_runs_uncaptured_says_why():
     assert [row.backend for row in gptfast.explain(fast, x)][:1] == ["CUDA graph"]
 
 
+@pytest.mark.parametrize("asked", [{"output_hidden_states": True}, {"use_cache": True}, {"return_dict": False}])
+def test_a_config_that_asks_for_other_outputs_gets_them(asked):
+    model, x = make(), ids(1, 8)
+    fast = gptfast.capture(model, [(1, 8)])
+    for name, value in asked.items():
+        setattr(model.config, name, value)
+    output, how, reason = ran(lambda: fast(x))
+    assert (how, reason) == ("no CUDA graph", "the config asks for other outputs than graphs have")
+    assert type(output) is type(model(x))
+    assert len(output) == len(model(x))
+
+
 def test_hooks_are_called_and_not_replayed():
     model, x, calls = make(), ids(1, 8), []
     fast = gptfast.capture(model, [(1, 8)])

@@ -933,3 +933,13 @@ def test_environment_variable_sets_the_backend():
     env = {**os.environ, "GPTFAST_BACKEND": "reference", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "{'reference'}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("training", [True, False])
+def test_shapes_without_data(kind, training):
+    """On the meta device, where tools count FLOPs and plan memory."""
+    model = make(kind).train(training)
+    real = model(**example(kind)).to_tuple()
+    inputs = {name: x.to("meta") for name, x in example(kind).items()}
+    assert [x.shape for x in model.to("meta")(**inputs).to_tuple()] == [x.shape for x in real]

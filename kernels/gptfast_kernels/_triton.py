@@ -78,12 +78,16 @@ def multiprocessors(device: torch.device) -> int:
 on = torch.cuda.device_of
 
 
+def is_autocast_on(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)  # asked about meta, torch raises
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where autocast is on for their device, as torch's matmul-like operators do it."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    device = tensors[0].device
+    if not is_autocast_on(device):
         return tensors
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(device.type)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 

@@ -223,7 +223,7 @@ def linear_gelu(
 
 def linear_dtype(x: Tensor) -> torch.dtype:
     """The dtype that ``F.linear(x, ...)`` computes in: x's, or autocast's where it is on (float64 is left alone)."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if _triton.is_autocast_on(x.device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
