@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,8 @@ class DeferredLogits:
                 "logits were left uncomputed because labels were given, and the LM head's weight or the last hidden "
                 "state has changed since: read output.logits before the optimizer's step"
             )
-        exactly = torch.autocast(self.hidden.device.type, enabled=False)
+        kind = self.hidden.device.type
+        exactly: Any = nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
         with torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad), exactly:
             return F.linear(self.hidden.to(self.dtype), self.weight.to(self.dtype))
 
