@@ -37,6 +37,7 @@ class Buffers:
         """For x [B, T, C]."""
         B, T, C = x.shape
         N = B * T
+        self.sizes = n_head, 3 * C * C, C * inner_columns  # of a block that fits: its heads, weights of c_attn and c_fc
         self.qkv = x.new_empty(N, 3 * C)
         self.attention = x.new_empty(N, C)
         self.projected = x.new_empty(N, C)
@@ -53,6 +54,16 @@ class Buffers:
         self.visible: Tensor | None = None  # bool [T, S], which keys a query sees
         if isinstance(self.held, int) and self.held and 1 < T < 2 * QUERIES:
             self.visible = x.new_ones(T, self.held + T, dtype=torch.bool).tril(self.held)
+
+    def fit(self, parts: "Parts") -> bool:
+        """Whether the block made of ``parts`` has the heads, widths and dtype of these; a config does not bind it."""
+        heads, qkv_weights, inner_weights = self.sizes
+        return (
+            parts.attn.n_head == heads
+            and parts.c_attn.weight.numel() == qkv_weights
+            and parts.c_fc.weight.numel() == inner_weights
+            and {getattr(ln.weight, "dtype", None) for ln in (parts.ln_1, parts.ln_2)} <= {None, torch.float32}
+        )
 
 
 def applies(x: Tensor) -> bool:
@@ -77,10 +88,11 @@ class Parts(NamedTuple):
     c_fc: Conv1D | Int8Linear
     mlp_c_proj: Conv1D | Int8Linear
     ln_2: nn.LayerNorm
+    approximate: str  # GELU's form
 
 
-def run_block(parts: Parts, x: Tensor, context: "AttentionContext", layer: int, approximate: str) -> Tensor:
-    """What the block made of ``parts`` computes for x [B, T, C], with GELU ``approximate``."""
+def run_block(parts: Parts, x: Tensor, context: "AttentionContext", layer: int) -> Tensor:
+    """What the block made of ``parts`` computes for x [B, T, C]."""
     buffers = context.buffers
     assert buffers is not None
     shape = x.shape
@@ -91,7 +103,7 @@ def run_block(parts: Parts, x: Tensor, context: "AttentionContext", layer: int, 
         for op in ("layer_norm", "linear_gelu", "layer_norm"):
             _dispatch.select(op, "auto", _triton.why_not(x))
     n = _normalize(parts.ln_1, parts.c_proj.into(a, buffers.projected).add_(x))
-    h = _gelu_(parts.c_fc.into(n, buffers.inner), approximate, buffers.gate)
+    h = _gelu_(parts.c_fc.into(n, buffers.inner), parts.approximate, buffers.gate)
     return _normalize(parts.ln_2, parts.mlp_c_proj.into(h, buffers.projected).add_(n)).view(shape)
 
 

@@ -27,7 +27,8 @@ class Conv1D(nn.Module):
         return F.linear(x, self.weight.t(), self.bias)
 
     def into(self, x: Tensor, out: Tensor) -> Tensor:  # [N, in] -> out [N, out], without autograd
-        return torch.mm(x, self.weight, out=out).add_(self.bias)
+        y, bias = torch.mm(x, self.weight, out=out), self.bias
+        return y if bias is None else y.add_(bias)
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -166,17 +166,19 @@ class Block(nn.Module):
         return layer_norm(x, ln.weight, ln.bias, residual=residual, dropout_p=dropout_p, eps=ln.eps)
 
 
-def plain_parts(block: Any) -> cpu.Parts | None:
-    """A block's parts, if all are what was built here, drop nothing, and nobody sees what is in between."""
-    if not is_plain(block, Block):
+def plain_parts(block: Any, buffers: cpu.Buffers) -> cpu.Parts | None:
+    """A block's parts, if all are what was built here, drop nothing, fit, and nobody sees what is in between."""
+    if not is_plain(block, Block) or type(block)._add_and_normalize is not Block._add_and_normalize:
         return None
     attn, mlp = block.attn, block.mlp
     if block.training or attn.training or not (is_plain(attn, Attention) and is_plain(mlp, MLP)):
         return None
-    parts = cpu.Parts(attn, attn.c_attn, attn.c_proj, block.ln_1, mlp.c_fc, mlp.c_proj, block.ln_2)
-    linears = (parts.c_attn, parts.c_proj, parts.c_fc, parts.mlp_c_proj)
+    if type(attn).attend is not Attention.attend or mlp.afn not in GELU_FORMS:
+        return None
+    parts = cpu.Parts(attn, attn.c_attn, attn.c_proj, block.ln_1, mlp.c_fc, mlp.c_proj, block.ln_2, GELU_FORMS[mlp.afn])
+    linears, norms = (parts.c_attn, parts.c_proj, parts.c_fc, parts.mlp_c_proj), (parts.ln_1, parts.ln_2)
     plain = all(is_plain(x) or is_plain(x, Int8Linear) for x in linears)
-    return parts if plain and is_plain(parts.ln_1, nn.LayerNorm) and is_plain(parts.ln_2, nn.LayerNorm) else None
+    return parts if plain and all(is_plain(x, nn.LayerNorm) for x in norms) and buffers.fit(parts) else None
 
 
 class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
@@ -260,9 +262,9 @@ class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
         for layer, block in enumerate(self.h):
             if output_hidden_states:
                 hidden_states.append(x)
-            parts = None if context.buffers is None else plain_parts(block)
+            parts = None if context.buffers is None else plain_parts(block, context.buffers)
             if parts is not None:
-                x = cpu.run_block(parts, x, context, layer, GELU_FORMS[config.afn])
+                x = cpu.run_block(parts, x, context, layer)
             elif recompute:
                 x, probs = checkpoint(block, x, context, layer, **self.checkpoint_kwargs)
             else:

@@ -11,6 +11,7 @@ from torch import nn
 import gptfast
 from gptfast import cpu
 from gptfast.linear import INT8_ROWS, Conv1D, Int8Linear
+from gptfast.model import Attention, Block
 from gptfast.outputs import DeferredLogits
 from gptfast_kernels import _dispatch, use_backend
 from tests.support.accuracy import assert_no_worse_than_torch
@@ -156,6 +157,67 @@ def test_a_layer_put_in_anothers_place_is_called(name, inference):
         layer.weight.mul_(2)
         layer.bias.mul_(2)
         torch.testing.assert_close(swapped, model(x).last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
+class LouderAttention(Attention):
+    def attend(self, *args):
+        a, probs = super().attend(*args)
+        return 2 * a, probs
+
+
+class LouderBlock(Block):
+    def _add_and_normalize(self, *args):
+        return 2 * super()._add_and_normalize(*args)
+
+
+def give(**classes):
+    """Makes parts of block 0 instances of other classes."""
+
+    def change(model):
+        for part, kind in classes.items():
+            (model.h[0] if part == "block" else model.h[0].get_submodule(part)).__class__ = kind
+
+    return change
+
+
+def of_another_width(columns):
+    def change(model):
+        mlp = model.h[0].mlp
+        mlp.c_fc, mlp.c_proj = Conv1D(columns, C), Conv1D(C, columns)
+        for layer in (mlp.c_fc, mlp.c_proj):
+            nn.init.normal_(layer.weight, std=0.3)
+
+    return change
+
+
+def without_biases(model):
+    for layer in (model.h[0].attn.c_attn, model.h[0].mlp.c_fc, model.h[0].mlp.c_proj):
+        layer.bias = None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.h[0].attn, "n_head", 2),
+        lambda model: setattr(model.h[0].mlp, "afn", "gelu_erf"),
+        lambda model: setattr(model.h[0].mlp, "afn", "relu"),
+        lambda model: setattr(model.config, "afn", "gelu_erf"),  # too late: the layers were made of the first
+        lambda model: model.h[0].ln_1.double(),
+        lambda model: setattr(model.h[0], "ln_2", nn.LayerNorm(C, elementwise_affine=False)),
+        give(attn=LouderAttention),
+        give(block=LouderBlock),
+        of_another_width(3 * C),
+        of_another_width(5 * C),
+        without_biases,
+    ],
+)
+@pytest.mark.parametrize("T", [5, 70])
+def test_a_block_unlike_the_config_computes_without_autograd_what_it_does_with_it(change, T):
+    model, x = make("OpenAIGPTModel"), ids(2, T)
+    change(model)
+    expected = model(x).last_hidden_state.detach()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
 
 
 PARTS = ["tokens_embed", "positions_embed"] + [
