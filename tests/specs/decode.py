@@ -76,7 +76,7 @@ MUTANTS = [
     mutant("keys of another part", "different_length", "tl.maximum(lo, held), hi, scale", "held, hi, scale"),
     mutant("values not appended", "row_alone", "v_cache + (held + t)[:, None]", "v_cache + (held + 0 * t)[:, None]"),
     mutant("written beyond the cache", "beyond_the_cache", "& (held + t < S))[:, None]", ")[:, None]"),
-    mutant("heads of a group mixed up", "several_queries", "heads = h * GROUP + g", "heads = g * Hkv + h"),
+    mutant("heads of a group mixed up", "row_alone", "heads = h * GROUP + g", "heads = g * Hkv + h"),
     mutant("rows mixed up", "different_length", "tl.load(seqlens + b)", "tl.load(seqlens)"),
     mutant("row of no key", "without_new_keys", "tl.where(row_sum == 0.0, 1.0, row_sum)", "row_sum"),
     mutant("parts overlap", "different_length", "hi = tl.minimum(total, lo + part)", "hi = total"),
@@ -89,5 +89,5 @@ MUTANTS = [
         "for x in (q, k_cache, v_cache, k, v) for s in ((*x.stride()[:2], x.shape[-1])",
     ),
     mutant("32-bit offsets", "beyond_32", "// tiles // Hkv).to(tl.int64)", "// tiles // Hkv)"),
-    mutant("torch: lengths of the first row for all", "row_alone", "if len(set(lengths)) > 1:", "if False:"),
+    mutant("torch: lengths of the first row for all", "row_alone", "least if least == most else lengths", "least"),
 ]  # fmt: skip
