@@ -38,8 +38,9 @@ class KVCache:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         shape = (config.n_layer, batch_size, config.n_head, S, config.n_embd // config.n_head)
         # zeros, not empty: a masked slot is multiplied by 0, and 0 * NaN is NaN
-        self.k = torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3)
-        self.v = torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3)
+        with torch.inference_mode(False):  # what is made in that mode cannot be written to outside of it
+            self.k = torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3)
+            self.v = torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3)
         self.seqlens: int | Tensor = 0
 
     @property
@@ -63,11 +64,14 @@ class KVCache:
         self.seqlens += positions
 
     def reorder(self, rows: Tensor) -> None:
-        """Row b becomes what row ``rows[b]`` was, as beam search needs it."""
+        """Row b becomes what row ``rows[b]``, int64 [B], was, as beam search needs it."""
+        B = self.batch_size
+        if not isinstance(rows, Tensor) or rows.dtype not in (torch.int32, torch.int64) or rows.shape != (B,):
+            raise ValueError(f"rows must be an int32 or int64 tensor [{B}], got {rows!r}")
         for x in (self.k, self.v):
             x.copy_(x[:, rows])
         if isinstance(self.seqlens, Tensor):
-            self.seqlens = self.seqlens[rows]
+            self.seqlens.copy_(self.seqlens[rows])
 
     def reset(self) -> None:
         """Forgets every position; the memory stays."""

@@ -146,11 +146,16 @@ def check_head_mask(head_mask: Tensor | None, config: OpenAIGPTConfig, dtype: to
 
 
 def check_cache(
-    cache: KVCache, config: OpenAIGPTConfig, shape: torch.Size, dtype: torch.dtype, may_be_ragged: bool
+    cache: KVCache,
+    config: OpenAIGPTConfig,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    may_be_ragged: bool,
 ) -> int:
     """The positions that ``cache`` holds, 0 where each row's number is its own.
 
-    Raises unless the cache is of this model, its keys of ``dtype``, with room for ids of ``shape`` [..., T].
+    Raises unless the cache is of this model, of ``dtype``, on ``device``, with room for ids of ``shape`` [..., T].
     """
     if not isinstance(cache, KVCache):
         raise TypeError(f"past_key_values must be a gptfast.KVCache, got {type(cache).__name__}")
@@ -163,6 +168,9 @@ def check_cache(
         raise ValueError(f"past_key_values holds {rows} rows, the input has {B}")
     if cache.k.dtype != dtype:
         raise TypeError(f"past_key_values must be {dtype} as the model's keys are, got {cache.k.dtype}")
+    if cache.k.device != device:
+        raise ValueError(f"past_key_values must be on {device} as the model is, got {cache.k.device}")
+    _check_seqlens(cache.seqlens, B)
     if isinstance(cache.seqlens, Tensor) and not may_be_ragged:
         raise ValueError(
             "past_key_values whose rows differ in length go without attention_mask and output_attentions, "
@@ -174,6 +182,22 @@ def check_cache(
     if held + T > S:
         raise ValueError(f"past_key_values has room for {S - held} of {S} positions, the input has {T}")
     return held
+
+
+def _check_seqlens(seqlens: int | Tensor, B: int) -> None:
+    """Raises unless ``seqlens`` are what a KVCache of B rows may hold, as far as one may look."""
+    if isinstance(seqlens, Tensor):
+        if seqlens.shape != (B,):
+            raise ValueError(f"past_key_values.seqlens must be an int or [{B}], got shape {list(seqlens.shape)}")
+        if seqlens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"past_key_values.seqlens must be int32 or int64, got {seqlens.dtype}")
+        least = int(seqlens.min()) if _may_read(seqlens) else 0
+    elif isinstance(seqlens, (int, torch.SymInt)):
+        least = seqlens
+    else:
+        raise TypeError(f"past_key_values.seqlens must be an int or a tensor, got {type(seqlens).__name__}")
+    if least < 0:
+        raise ValueError(f"past_key_values.seqlens must be at least 0, got {least}")
 
 
 def check_logits_to_keep(logits_to_keep: int | Tensor, shape: torch.Size) -> None:

@@ -300,7 +300,7 @@ class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
         head_mask = check_head_mask(head_mask, self.config, weight.dtype)
         if cache is not None:
             may_be_ragged = inference and attention_mask is None and not output_attentions
-            held = check_cache(cache, self.config, shape, linear_dtype(weight), may_be_ragged)
+            held = check_cache(cache, self.config, shape, linear_dtype(weight), weight.device, may_be_ragged)
         padding = key_padding_mask(attention_mask, shape, held)
         if cache is None and use_cache:
             cache = self.new_cache(math.prod(shape[:-1]))

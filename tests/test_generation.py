@@ -687,11 +687,15 @@ def test_a_step_compiles_whole(held):
 def test_rows_may_be_reordered_and_forgotten():
     model, x = make(), ids(3, 7)
     cache = model(x[:, :6], use_cache=True).past_key_values
-    cache.seqlens = torch.tensor([6, 6, 6])
+    held = cache.seqlens = torch.tensor([4, 5, 6])
     cache.reorder(torch.tensor([2, 0, 0]))
-    assert torch.equal(cache.seqlens, torch.tensor([6, 6, 6]))
-    expected = model(x[[2, 0, 0]]).logits[:, -1:]
-    assert_close(model(x[[2, 0, 0], 6:], past_key_values=cache).logits, expected)
+    assert held.tolist() == [6, 4, 4]
+    assert cache.seqlens is held  # a graph reads it where it is
+    logits = model(x[[2, 0, 0], [6, 4, 4], None], past_key_values=cache).logits[:, 0]
+    assert_close(logits, model(x).logits[[2, 0, 0], [6, 4, 4]])
+    for rows in (torch.tensor([0]), torch.tensor([True, True, True]), [2, 0, 0]):
+        with pytest.raises(ValueError, match=r"rows must be an int32 or int64 tensor \[3\], got"):
+            cache.reorder(rows)
     cache.reset()
     assert cache.get_seq_length() == 0
     assert_close(model(x, past_key_values=cache).logits, model(x).logits)
@@ -710,9 +714,21 @@ def test_a_cache_that_cannot_be(settings, error, message):
         gptfast.KVCache(make().config, **{"batch_size": 2, **settings})
 
 
-def cache(batch_size=2, max_length=None, held=0, dtype=torch.float32, **settings):
-    made = gptfast.KVCache(gptfast.OpenAIGPTConfig(**{**SMALL, **settings}), batch_size, max_length, dtype=dtype)
-    made.advance(held)
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_cache_made_in_inference_mode_goes_on_outside_of_it(grad):
+    model, x = make(), ids(2, 7)
+    with torch.inference_mode():
+        cache = model(x[:, :4], use_cache=True).past_key_values
+    with torch.set_grad_enabled(grad):
+        logits = model(x[:, 4:], past_key_values=cache).logits
+        assert_close(logits, model(x).logits[:, 4:])
+    assert logits.requires_grad == grad
+
+
+def cache(batch_size=2, max_length=None, held=0, dtype=torch.float32, device="cpu", **settings):
+    config = gptfast.OpenAIGPTConfig(**{**SMALL, **settings})
+    made = gptfast.KVCache(config, batch_size, max_length, dtype=dtype, device=device)
+    made.seqlens = held
     return made
 
 
@@ -725,6 +741,12 @@ def cache(batch_size=2, max_length=None, held=0, dtype=torch.float32, **settings
         ({"past_key_values": cache(n_layer=2)}, ValueError, r"past_key_values must have .*, got \[2, 3, 8\]"),
         ({"past_key_values": cache(n_head=2)}, ValueError, r"past_key_values must have .* \[3, 3, 8\], got"),
         ({"past_key_values": cache(dtype=torch.float64)}, TypeError, "past_key_values must be torch.float32"),
+        ({"past_key_values": cache(device="meta")}, ValueError, "past_key_values must be on cpu as the model is"),
+        ({"past_key_values": cache(held=-1)}, ValueError, "past_key_values.seqlens must be at least 0, got -1"),
+        ({"past_key_values": cache(held=[3, 3])}, TypeError, "past_key_values.seqlens must be an int or a tensor, got"),
+        ({"past_key_values": cache(held=torch.tensor(3))}, ValueError, r"seqlens must be an int or \[2\], got"),
+        ({"past_key_values": cache(held=torch.tensor([3, -1]))}, ValueError, "seqlens must be at least 0, got -1"),
+        ({"past_key_values": cache(held=torch.ones(2))}, TypeError, "seqlens must be int32 or int64, got"),
         ({"past_key_values": ()}, TypeError, "past_key_values must be a gptfast.KVCache, got tuple"),
         (
             {"past_key_values": cache(held=3), "attention_mask": torch.ones(2, 5)},
@@ -735,6 +757,6 @@ def cache(batch_size=2, max_length=None, held=0, dtype=torch.float32, **settings
 )
 def test_a_cache_that_does_not_fit(arguments, error, message):
     model = make()
-    with _dispatch.record() as choices, pytest.raises(error, match=message):
+    with torch.no_grad(), _dispatch.record() as choices, pytest.raises(error, match=message):
         model(ids(2, 5), **arguments)
     assert choices == []
