@@ -664,22 +664,26 @@ def test_rows_of_different_length():
         model(new[:, :1], past_key_values=cache)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("held", [4, torch.tensor([4, 2])], ids=["one length", "lengths"])
-def test_a_step_compiles_whole(held):
+@pytest.mark.parametrize(
+    ("held", "grad"),
+    [(4, False), (torch.tensor([4, 2]), False), (4, True)],
+    ids=["one length", "lengths", "autograd"],
+)
+def test_a_step_compiles_whole(held, grad):
     torch._dynamo.reset()
     model, x = make(n_layer=1), ids(2, 7)
-    caches = [model(x[:, :4], use_cache=True).past_key_values for _ in range(2)]
-    for made in caches:
-        made.seqlens = held if isinstance(held, int) else held.clone()
 
     def step(tokens, past):
         return model(tokens, past_key_values=past).logits
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
-    for t in (4, 5, 6):
-        token = x[:, t : t + 1]
-        assert_close(compiled(token, caches[0]), step(token, caches[1]))
+    with torch.set_grad_enabled(grad):
+        caches = [model(x[:, :4], use_cache=True).past_key_values for _ in range(2)]
+        for made in caches:
+            made.seqlens = held if isinstance(held, int) else held.clone()
+        compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+        for t in (4, 5, 6):
+            token = x[:, t : t + 1]
+            assert_close(compiled(token, caches[0]), step(token, caches[1]))
     assert_close(caches[0].k, caches[1].k)
 
 

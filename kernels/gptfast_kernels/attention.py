@@ -130,8 +130,10 @@ def _sdpa(
         k = k.masked_fill(~padding[:, :, None, None], 0.0)
         v = v.masked_fill(~padding[:, :, None, None], 0.0)
     # PyTorch's kernel for CPUs gives NaN for is_causal and a scale that is not positive
-    plain_causal = T == S > 1 and padding is None and window == (None, 0) and softmax_scale > 0
-    visible = None if plain_causal else visible_keys(T, S, window, padding, q.device)
+    if T == S > 1 and padding is None and window == (None, 0) and softmax_scale > 0:
+        visible, plain_causal = None, True  # a constant: torch.compile makes no bool of a comparison of sizes
+    else:
+        visible, plain_causal = visible_keys(T, S, window, padding, q.device), False
     empty = None
     if visible is not None:  # a softmax over no key at all would be NaN: let such a query see all, then clear it
         empty = ~visible.any(-1, keepdim=True)  # [B, 1, T, 1]
