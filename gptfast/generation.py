@@ -11,7 +11,8 @@ Shapes: B batch, T prompt length with padding, V vocabulary, N tokens to be made
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
+from types import NoneType
 from typing import Any, Protocol
 
 import torch
@@ -46,6 +47,8 @@ def distribution(
     """
     V = logits.shape[-1]
     logits = logits.float()
+    limits = torch.finfo(torch.float32)  # beyond them 0 / 0 and inf / inf would be NaN
+    temperature = min(max(temperature, limits.tiny), limits.max)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # from 0 down: the smallest overflows nothing
     top_p = None if top_p is None or top_p >= 1 else top_p
     if top_k or top_p is not None:
@@ -218,6 +221,11 @@ def check_int(name: str, value: int) -> None:
         raise TypeError(f"{name} must be an int, got {value!r}")
 
 
+def _check_number(name: str, value: float | None) -> None:
+    if not isinstance(value, (Real, NoneType)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
 def check_count(name: str, value: int, least: int = 1) -> None:
     check_int(name, value)
     if value < least:
@@ -228,6 +236,8 @@ def _seeds(
     seed: int | Sequence[int] | None, generator: torch.Generator | None, B: int, do_sample: bool
 ) -> Sequence[int]:
     """One for each row."""
+    if not isinstance(generator, (torch.Generator, NoneType)):
+        raise TypeError(f"generator must be a torch.Generator, got {generator!r}")
     if seed is not None and generator is not None:
         raise ValueError("seed and generator cannot both be given")
     if seed is None:
@@ -421,6 +431,8 @@ class GenerationMixin:
         check_count("max_new_tokens", max_new_tokens)
         check_count("min_new_tokens", min_new_tokens, 0)
         check_count("top_k", 0 if top_k is None else top_k, 0)
+        for name, value in (("temperature", temperature), ("top_p", top_p), ("repetition_penalty", repetition_penalty)):
+            _check_number(name, value)
         temperature = 1.0 if temperature is None else temperature
         if do_sample and not temperature > 0:
             raise ValueError(

@@ -16,6 +16,7 @@ Shapes: B rows, T positions.
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -225,9 +226,10 @@ def capture(model: nn.Module, shapes: Sequence[tuple[int, int]], *, attention_ma
     P = model.config.n_positions
     if not shapes:
         raise ValueError("shapes must name at least one (B, T), got none")
-    for B, T in shapes:
-        if B < 1 or not 1 <= T <= P:
-            raise ValueError(f"shapes must be (B, T) with B from 1 and T from 1 to n_positions = {P}, got {(B, T)}")
+    for shape in shapes:
+        pair = isinstance(shape, Sequence) and len(shape) == 2 and all(isinstance(n, Integral) for n in shape)
+        if not pair or shape[0] < 1 or not 1 <= shape[1] <= P:
+            raise ValueError(f"shapes must be (B, T) with B from 1 and T from 1 to n_positions = {P}, got {shape!r}")
     return Captured(model, shapes, attention_mask)
 
 

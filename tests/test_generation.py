@@ -507,6 +507,10 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"pad_token_id": 1.5}, TypeError, "pad_token_id must be an int, got 1.5"),
     ({"pad_token_id": "a"}, TypeError, "pad_token_id must be an int, got 'a'"),
     ({"overflow": "wrap"}, ValueError, "overflow must be 'error' or 'slide', got 'wrap'"),
+    ({"generator": 1, "do_sample": True}, TypeError, "generator must be a torch.Generator, got 1"),
+    ({"temperature": "a", "do_sample": True}, TypeError, "temperature must be a number, got 'a'"),
+    ({"top_p": "a", "do_sample": True}, TypeError, "top_p must be a number, got 'a'"),
+    ({"repetition_penalty": [1.1]}, TypeError, r"repetition_penalty must be a number, got \[1.1\]"),
     ({"beams": 4}, TypeError, "beams"),
 ]
 
@@ -520,10 +524,18 @@ def test_bad_arguments(arguments, error, message):
     assert recorder.seen == []
 
 
-def test_the_coldest_sampling_is_greedy():
+@pytest.mark.parametrize("temperature", [1e-40, 1e-320])  # the second is 0 in float32
+def test_the_coldest_sampling_is_greedy(temperature):
     model, x = make(), ids(2, 5)
-    cold = model.generate(x, max_new_tokens=9, do_sample=True, temperature=1e-40, seed=0)
+    cold = model.generate(x, max_new_tokens=9, do_sample=True, temperature=temperature, seed=0)
     assert torch.equal(cold, model.generate(x, max_new_tokens=9))
+
+
+def test_the_hottest_sampling_is_uniform_and_draws_nothing_that_is_ruled_out():
+    logits = torch.tensor([[3.0, -torch.inf, -4.0]])
+    for temperature in (1e300, torch.inf):
+        hot = distribution(logits, temperature=temperature)
+        torch.testing.assert_close(hot, torch.tensor([[0.5, 0.0, 0.5]]))
 
 
 def test_neutral_settings_change_nothing():

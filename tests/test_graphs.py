@@ -260,6 +260,8 @@ def test_without_a_gpu_nothing_is_captured(monkeypatch):
         ([(0, 4)], r"shapes must be \(B, T\) with .* n_positions = 80, got \(0, 4\)"),
         ([(1, 81)], r"got \(1, 81\)"),
         ([(1, 8), (1, 0)], r"got \(1, 0\)"),
+        ((1, 8), "got 1"),
+        ([(1, 8.0)], r"got \(1, 8.0\)"),
     ],
 )
 def test_shapes_that_cannot_be(shapes, message):
