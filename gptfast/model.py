@@ -181,6 +181,14 @@ def plain_parts(block: Any, buffers: cpu.Buffers) -> cpu.Parts | None:
     return parts if plain and all(is_plain(x, nn.LayerNorm) for x in norms) and buffers.fit(parts) else None
 
 
+def _is_table(module: nn.Module) -> bool:
+    """Whether an embedding does no more than look up rows: it renormalizes none, and all have plain gradients."""
+    if not isinstance(module, nn.Embedding) or not is_plain(module, nn.Embedding):
+        return False
+    special = module.scale_grad_by_freq or module.sparse
+    return module.max_norm is None and module.padding_idx is None and not special
+
+
 class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
     """The body: ids in, the last hidden state out."""
 
@@ -318,7 +326,7 @@ class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
         dropout_p = self.config.embd_pdrop if self.training else 0.0
         types = None if token_type_ids is None else token_type_ids.reshape(-1, T).expand(B, T)
         tokens, positions = self.tokens_embed, self.positions_embed
-        if inputs_embeds is None and is_plain(tokens, nn.Embedding) and is_plain(positions, nn.Embedding):
+        if inputs_embeds is None and _is_table(tokens) and _is_table(positions):
             return embedding(
                 input_ids.reshape(B, T),
                 tokens.weight,

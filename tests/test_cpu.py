@@ -287,6 +287,17 @@ def test_hooks_on_the_tables_change_the_embeddings():
     torch.testing.assert_close(model(x, token_type_ids=types).last_hidden_state, expected)
 
 
+def test_what_a_table_does_with_its_rows_is_done():
+    model, x = make("OpenAIGPTModel"), ids(2, 5)
+    table = nn.Embedding(V, C, max_norm=0.1, padding_idx=int(x[0, 0]))
+    model.set_input_embeddings(table)
+    output = model(x).last_hidden_state
+    assert table.weight[x].norm(dim=-1).max() < 0.11
+    torch.testing.assert_close(output, model(inputs_embeds=table(x)).last_hidden_state)
+    output.sum().backward()
+    assert not table.weight.grad[x[0, 0]].any()
+
+
 def test_embeddings_of_any_strides():
     model = make("OpenAIGPTModel")
     embeds = torch.randn(5, 2, C).transpose(0, 1)
