@@ -176,9 +176,12 @@ def plain_parts(block: Any, buffers: cpu.Buffers) -> cpu.Parts | None:
     if type(attn).attend is not Attention.attend or mlp.afn not in GELU_FORMS:
         return None
     parts = cpu.Parts(attn, attn.c_attn, attn.c_proj, block.ln_1, mlp.c_fc, mlp.c_proj, block.ln_2, GELU_FORMS[mlp.afn])
-    linears, norms = (parts.c_attn, parts.c_proj, parts.c_fc, parts.mlp_c_proj), (parts.ln_1, parts.ln_2)
-    plain = all(is_plain(x) or is_plain(x, Int8Linear) for x in linears)
-    return parts if plain and all(is_plain(x, nn.LayerNorm) for x in norms) and buffers.fit(parts) else None
+    for linear in (parts.c_attn, parts.c_proj, parts.c_fc, parts.mlp_c_proj):
+        if not (is_plain(linear) or is_plain(linear, Int8Linear)):
+            return None
+    if not (is_plain(parts.ln_1, nn.LayerNorm) and is_plain(parts.ln_2, nn.LayerNorm)):
+        return None
+    return parts if buffers.fit(parts) else None
 
 
 def _is_table(module: nn.Module) -> bool:
