@@ -114,7 +114,8 @@ class Decoder:
         self.body, self.head, self.how = model.transformer, model.lm_head, how
         # the logits of a model with hooks or a forward pass of its own are for that to make
         self.whole = None if is_plain(model, OpenAIGPTLMHeadModel) else model
-        device, V = self.head.weight.device, len(self.head.weight)
+        device = self.body.tokens_embed.weight.device
+        V = getattr(self.head, "out_features", model.config.vocab_size)  # another's head may not say
         self.cache = None if S is None else self.body.new_cache(B, S)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:

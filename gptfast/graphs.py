@@ -13,6 +13,7 @@ Not run on a GPU yet: without one, tests replay steps recorded by PyTorch's disp
 Shapes: B rows, T positions.
 """
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -138,6 +139,7 @@ class Captured:
         self.shapes = sorted(shapes, key=lambda shape: shape[0] * shape[1])
         self._recorded: dict[tuple[int, int, bool], _Recorded] = {}
         self._baked = Baked(model)
+        self._lock = threading.Lock()  # a graph reads and writes the same memory in every replay
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, **others: Any) -> Any:
         reason = why_not(self.model) or self._cannot(input_ids, attention_mask, others)
@@ -146,18 +148,19 @@ class Captured:
             return self.model(input_ids, attention_mask, **others)
         shape = bucket(self.shapes, *input_ids.shape)
         assert shape is not None
-        recorded = self._at(shape, attention_mask is not None)
-        B, T = input_ids.shape
-        graph, result = recorded.graph, recorded.graph.result
-        with torch.inference_mode():
-            graph.wait()
-            recorded.ids.zero_()[:B, :T] = input_ids
-            if recorded.mask is not None:
-                recorded.mask.zero_()[:B, :T] = attention_mask >= 1  # type: ignore[operator]
-            graph.replay()
-        # a causal model's outputs do not depend on what stands behind or beside
-        output = type(result)(**{name: x[:B, :T].clone() for name, x in result.items()})
-        graph.finish()
+        with self._lock:
+            recorded = self._at(shape, attention_mask is not None)
+            B, T = input_ids.shape
+            graph, result = recorded.graph, recorded.graph.result
+            with torch.inference_mode():
+                graph.wait()
+                recorded.ids.zero_()[:B, :T] = input_ids
+                if recorded.mask is not None:
+                    recorded.mask.zero_()[:B, :T] = attention_mask >= 1  # type: ignore[operator]
+                graph.replay()
+            # a causal model's outputs do not depend on what stands behind or beside
+            output = type(result)(**{name: x[:B, :T].clone() for name, x in result.items()})
+            graph.finish()
         _note([_dispatch.Choice("forward pass", "CUDA graph", f"of {shape[0]} x {shape[1]}"), *recorded.choices])
         return output
 
@@ -286,6 +289,7 @@ class GraphDecoder(Decoder):
 
 
 # a decoder holds parts of its model, never the model itself: they go together
+_taking = threading.Lock()
 _decoders: "weakref.WeakKeyDictionary[nn.Module, list[GraphDecoder]]" = weakref.WeakKeyDictionary()
 
 
@@ -297,17 +301,18 @@ def decoder(model: Any, B: int, S: int, N: int, how: Settings) -> Decoder:
     if why_not(model) is not None or type(model).forward is not OpenAIGPTLMHeadModel.forward:
         return Decoder(model, B, S, N, how)
     size = (B, min(round_up(S), model.config.n_positions), round_up(N), how)
-    kept = _decoders.setdefault(model, [])
-    kept[:] = [one for one in kept if one.taken or one.baked.still_holds()]
-    for one in kept:
-        if one.size == size and not one.taken:
-            one.taken = True
-            return one
-    free = [one for one in kept if not one.taken]
-    for one in free[: max(0, len(kept) + 1 - KEPT_DECODERS)]:
-        kept.remove(one)
-    kept.append(GraphDecoder(model, *size))
-    return kept[-1]
+    with _taking:
+        kept = _decoders.setdefault(model, [])
+        kept[:] = [one for one in kept if one.taken or one.baked.still_holds()]
+        for one in kept:
+            if one.size == size and not one.taken:
+                one.taken = True
+                return one
+        free = [one for one in kept if not one.taken]
+        for one in free[: max(0, len(kept) + 1 - KEPT_DECODERS)]:
+            kept.remove(one)
+        kept.append(GraphDecoder(model, *size))
+        return kept[-1]
 
 
 def round_up(n: int) -> int:

@@ -161,6 +161,13 @@ def test_a_forward_pass_or_a_hook_of_ones_own_is_called(use_cache):
     assert torch.equal(model.generate(prompt, max_new_tokens=12, use_cache=use_cache), banned)
 
 
+def test_a_head_put_in_the_place_of_the_models():
+    model, prompt = make(), ids(2, 5)
+    expected = model.generate(prompt, max_new_tokens=5)
+    model.lm_head = torch.nn.Sequential(model.lm_head, torch.nn.Identity())
+    assert torch.equal(model.generate(prompt, max_new_tokens=5), expected)
+
+
 def test_types():
     model = make()
     expected = model.generate(ids(2, 5), max_new_tokens=9)

@@ -7,6 +7,7 @@ reading a value back is an error. With a GPU the same tests run on graphs.
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -202,6 +203,24 @@ def test_what_runs_uncaptured_says_why():
     assert (rows[0].op, rows[0].backend) == ("forward pass", "no CUDA graph")
     assert len(rows) > 3
     assert [row.backend for row in gptfast.explain(fast, x)][:1] == ["CUDA graph"]
+
+
+def test_threads_do_not_share_what_a_graph_writes():
+    model = make()
+    fast = gptfast.capture(model, [(2, 16)])
+    prompts = [ids(2, 16, seed=seed) for seed in range(8)]
+    with torch.inference_mode():
+        expected = [(model(x).logits, model.generate(x[:1], max_new_tokens=8, use_cache=False)) for x in prompts]
+        ran(lambda: fast(prompts[0]))
+
+    @torch.inference_mode()
+    def run(x):
+        return fast(x).logits, model.generate(x[:1], max_new_tokens=8)
+
+    with ThreadPoolExecutor(4) as pool:
+        for (logits, text), (wanted, words) in zip(pool.map(run, prompts), expected, strict=True):
+            torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+            assert torch.equal(text, words)
 
 
 @pytest.mark.parametrize("asked", [{"output_hidden_states": True}, {"use_cache": True}, {"return_dict": False}])
