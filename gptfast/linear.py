@@ -49,9 +49,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module] = Conv1D) -> bool:
 
     Then its weights can be used without calling it.
     """
-    own = type(module)  # asked for every part of every block in every pass
-    built = own is kind or (issubclass(own, kind) and own.forward is kind.forward)
-    return built and not is_watched(module)
+    return isinstance(module, kind) and type(module).forward is kind.forward and not is_watched(module)
 
 
 class Int8Linear(nn.Module):

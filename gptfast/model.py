@@ -184,9 +184,9 @@ def plain_parts(block: Any, buffers: cpu.Buffers) -> cpu.Parts | None:
     return parts if buffers.fit(parts) else None
 
 
-def _is_table(module: nn.Module) -> bool:
+def _is_table(module: Any) -> bool:
     """Whether an embedding does no more than look up rows: it renormalizes none, and all have plain gradients."""
-    if not isinstance(module, nn.Embedding) or not is_plain(module, nn.Embedding):
+    if not is_plain(module, nn.Embedding):
         return False
     special = module.scale_grad_by_freq or module.sparse
     return module.max_norm is None and module.padding_idx is None and not special
