@@ -10,7 +10,7 @@ from .config import OpenAIGPTConfig
 from .explain import explain
 from .graphs import capture
 from .heads import OpenAIGPTDoubleHeadsModel, OpenAIGPTForSequenceClassification, OpenAIGPTLMHeadModel
-from .linear import quantize
+from .linear import pack, quantize
 from .model import OpenAIGPTModel
 from .outputs import OpenAIGPTDoubleHeadsModelOutput
 from .pretrained import OpenAIGPTPreTrainedModel
@@ -34,6 +34,7 @@ __all__ = [
     "capture",
     "explain",
     "get_default_backend",
+    "pack",
     "quantize",
     "set_default_backend",
     "use_backend",

@@ -36,7 +36,7 @@ from . import cpu
 from .cache import KVCache
 from .config import OpenAIGPTConfig
 from .inputs import check_cache, check_head_mask, check_position_ids, check_text, key_padding_mask
-from .linear import Conv1D, Int8Linear, is_plain
+from .linear import BlockedLinear, Conv1D, is_plain
 from .outputs import BaseModelOutput
 from .pretrained import OpenAIGPTPreTrainedModel
 
@@ -177,7 +177,7 @@ def plain_parts(block: Any, buffers: cpu.Buffers) -> cpu.Parts | None:
         return None
     parts = cpu.Parts(attn, attn.c_attn, attn.c_proj, block.ln_1, mlp.c_fc, mlp.c_proj, block.ln_2, GELU_FORMS[mlp.afn])
     for linear in (parts.c_attn, parts.c_proj, parts.c_fc, parts.mlp_c_proj):
-        if not (is_plain(linear) or is_plain(linear, Int8Linear)):
+        if not (is_plain(linear) or is_plain(linear, BlockedLinear)):
             return None
     if not (is_plain(parts.ln_1, nn.LayerNorm) and is_plain(parts.ln_2, nn.LayerNorm)):
         return None
@@ -269,13 +269,14 @@ class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
         weights_wanted = output_attentions or head_mask is not None
         if context.inference and not weights_wanted and config.afn in GELU_FORMS and cpu.applies(x):
             context.buffers = cpu.Buffers(x, context, config.n_head, 4 * config.n_embd)
-        hidden_states, attentions = [], []
+        hidden_states, attentions, parts = [], [], None
         for layer, block in enumerate(self.h):
             if output_hidden_states:
                 hidden_states.append(x)
+            nobody_keeps_x = parts is not None and not output_hidden_states  # a plain block made it
             parts = None if context.buffers is None else plain_parts(block, context.buffers)
             if parts is not None:
-                x = cpu.run_block(parts, x, context, layer)
+                x = cpu.run_block(parts, x, context, layer, consume=nobody_keeps_x)
             elif recompute:
                 x, probs = checkpoint(block, x, context, layer, **self.checkpoint_kwargs)
             else:
