@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .model import Attention, AttentionContext
 
 QUERIES = 64  # a block of scores [H, 64, T] stays in the L2 cache
+COPIED_BLOCKS = 4  # of queries; where there are more, keys and values are first gathered from between the others
 GELU_ROWS = 64  # so do these rows of the MLP's inner columns
 GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
 
@@ -58,17 +59,21 @@ class Buffers:
 
     def fit(self, parts: "Parts") -> bool:
         """Whether the block made of ``parts`` has the heads, widths and dtype of these; a config does not bind it."""
-        return (
-            (parts.attn.n_head, parts.c_attn.features, parts.c_fc.features) == self.sizes
-            and {getattr(ln.weight, "dtype", None) for ln in (parts.ln_1, parts.ln_2)} <= {None, torch.float32}
-        )
+        return (parts.attn.n_head, parts.c_attn.features, parts.c_fc.features) == self.sizes and {
+            getattr(ln.weight, "dtype", None) for ln in (parts.ln_1, parts.ln_2)
+        } <= {None, self.qkv.dtype}
 
 
 def applies(x: Tensor) -> bool:
-    """Whether hidden states like ``x`` can be computed here: float32 on a CPU, eagerly, by PyTorch's operators."""
+    """Whether hidden states like ``x`` can be computed here: on a CPU, eagerly, by PyTorch's operators.
+
+    In float32; in half precision one position alone, for more are not faster in place.
+    """
+    one = x.shape[0] * x.shape[1] == 1
     return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and (x.dtype == torch.float32 or (one and x.dtype in (torch.bfloat16, torch.float16)))
         and _dispatch.get_default_backend() in ("auto", "torch")
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
@@ -149,13 +154,18 @@ def _causal_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
     o = out.view(B, T, H, D).transpose(1, 2)
     future = q.new_full((QUERIES, QUERIES), -torch.inf).triu(1)
     buffer = q.new_empty(H * QUERIES * (held + T))
+    copies = q.new_empty(2, H, held + T, D) if T > COPIED_BLOCKS * QUERIES else None
     for b in range(B):
+        row_k, row_v = k[b], v[b]
+        if copies is not None:
+            row_k, row_v = copies[0].copy_(row_k), copies[1].copy_(row_v)
         for start in range(0, T, QUERIES):
             end = min(start + QUERIES, T)
             n, seen = end - start, held + end
             scores = buffer[: H * n * seen].view(H, n, seen)
-            torch.bmm(q[b, :, start:end] / math.sqrt(D), k[b, :, :seen].transpose(1, 2), out=scores)
+            keys = row_k[:, :seen].transpose(1, 2)
+            torch.baddbmm(scores, q[b, :, start:end], keys, beta=0, alpha=1 / math.sqrt(D), out=scores)
             scores[:, :, held + start :].add_(future[:n, :n])
             torch.softmax(scores, -1, out=scores)
-            o[b, :, start:end] = torch.bmm(scores, v[b, :, :seen])
+            o[b, :, start:end] = torch.bmm(scores, row_v[:, :seen])
     return out

@@ -7,6 +7,7 @@ faster.
 Shapes: x [..., in]; N rows.
 """
 
+import functools
 import math
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 INT8_ROWS = 8  # rows of x up to which summing rows of int8 weights is faster than widening them for a matmul
+HALF_COLUMNS = 384  # of a half-precision weight that one thread sums at once
 CHUNK = 512  # rows of x at once: what they make of a block of columns stays in the cache
 
 
@@ -35,12 +37,35 @@ class Conv1D(nn.Module):
         return F.linear(x, self.weight.t(), self.bias)
 
     def into(self, x: Tensor, out: Tensor) -> Tensor:  # [N, in] -> out [N, out], without autograd
-        y, bias = torch.mm(x, self.weight, out=out), self.bias
+        weight, bias = self.weight, self.bias
+        y = torch.mm(x, weight, out=out) if x.dtype == torch.float32 else out.copy_(_half_row(x, weight))
         return y if bias is None else y.add_(bias)
 
     def onto(self, x: Tensor, out: Tensor) -> Tensor:  # [N, in], added to out [N, out], without autograd
-        y, bias = out.addmm_(x, self.weight), self.bias
+        weight, bias = self.weight, self.bias
+        y = out.addmm_(x, weight) if x.dtype == torch.float32 else out.add_(_half_row(x, weight))
         return y if bias is None else y.add_(bias)
+
+
+def _half_row(x: Tensor, weight: Tensor) -> Tensor:
+    """x [1, in] @ weight [in, out], both bfloat16 or float16, as a weighted sum of rows.
+
+    PyTorch's operator for sums of embeddings reads a weight of this layout at memory speed; its matmul takes twice as
+    long for one row. Columns go to threads by blocks.
+    """
+    in_features, out_features = weight.shape
+    blocks = out_features // HALF_COLUMNS if out_features % HALF_COLUMNS == 0 else 1
+    rows, starts = _by_blocks(in_features, blocks)
+    factors = x.expand(blocks, in_features).reshape(-1)
+    table = weight.reshape(in_features * blocks, -1)
+    return torch.embedding_bag(table, rows, starts, False, 0, False, factors)[0].view(1, out_features)
+
+
+@functools.cache
+def _by_blocks(in_features: int, blocks: int) -> tuple[Tensor, Tensor]:
+    """Of a weight [in, out] seen as [in * blocks, out / blocks]: its rows block by block, and where each begins."""
+    rows = torch.arange(in_features * blocks).view(in_features, blocks).t().flatten()
+    return rows, torch.arange(0, len(rows), in_features)
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -69,6 +94,7 @@ class BlockedLinear(nn.Module):
 
     COLUMNS: int  # of a block, at most
     weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         """For a weight [in, out] of any strides."""
@@ -94,28 +120,32 @@ class BlockedLinear(nn.Module):
         return y.contiguous() if self.bias is None else y + self.bias
 
     def into(self, x: Tensor, out: Tensor) -> Tensor:  # [N, in] -> out [N, out], without autograd
-        for rows, target in zip(x.split(CHUNK), out.split(CHUNK), strict=True):
-            y = self._product(rows)
-            target = target.view(y.shape)
-            if self.bias is None:
-                target.copy_(y)
-            else:
-                torch.add(y, self.bias.view(y.shape[1:]), out=target)
+        if len(x) > CHUNK:
+            for rows, target in zip(x.split(CHUNK), out.split(CHUNK), strict=True):
+                self.into(rows, target)
+            return out
+        y, bias = self._product(x), self.bias
+        target = out.view(y.shape)
+        if bias is None:
+            target.copy_(y)
+        else:
+            torch.add(y, bias.view(y.shape[1:]), out=target)
         return out
 
     def onto(self, x: Tensor, out: Tensor) -> Tensor:  # [N, in], added to out [N, out], without autograd
-        for rows, target in zip(x.split(CHUNK), out.split(CHUNK), strict=True):
+        for rows, target in zip(x.split(CHUNK), out.split(CHUNK), strict=True) if len(x) > CHUNK else ((x, out),):
             y = self._product(rows)
             target.view(y.shape).add_(y)
         return out if self.bias is None else out.add_(self.bias)
 
     def _product(self, x: Tensor) -> Tensor:
-        """x [N, in] -> [N, blocks, width] before the bias, or [N, 1, out] where the last block is padded."""
-        y = self._multiply(x).transpose(0, 1)
-        out_features = self.features[1]
-        if self.blocks * self.width == out_features:
-            return y
-        return y.reshape(len(x), 1, self.blocks * self.width)[:, :, :out_features]
+        """x [N, in] before the bias, as [N, blocks, width] or [N, 1, out]."""
+        y, out_features = self._multiply(x), self.features[1]
+        full = self.blocks * self.width == out_features
+        if len(x) == 1 or not full:
+            y = y.transpose(0, 1).reshape(len(x), 1, self.blocks * self.width)
+            return y if full else y[:, :, :out_features]
+        return y.transpose(0, 1)
 
 
 class PackedLinear(BlockedLinear):
@@ -153,6 +183,8 @@ class Int8Linear(BlockedLinear):
     """
 
     COLUMNS = 192
+    rows: Tensor  # int32, every row of ``weight``
+    starts: Tensor  # int32, each block's first
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__(weight, bias)

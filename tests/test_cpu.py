@@ -1,7 +1,7 @@
 """Inference on a CPU: blocks computed in place, int8 weights, logits that wait to be read."""
 
-import functools
 import copy
+import functools
 import math
 import pickle
 
@@ -58,6 +58,35 @@ def test_in_place_is_as_exact_as_the_ops(shape, afn, runs):
     assert runs == [0, 1]
     for layer, states in enumerate(zip(ours, theirs, oracle, strict=True)):
         assert_no_worse_than_torch(f"hidden state {layer}", *states)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("C", [48, 384])  # columns in one block, and in several
+def test_one_position_in_half_precision_is_as_exact_as_the_ops(dtype, C, runs):
+    torch.manual_seed(0)
+    config = gptfast.OpenAIGPTConfig(vocab_size=V, n_positions=P, n_embd=C, n_layer=2, n_head=H, initializer_range=0.1)
+    model, x = gptfast.OpenAIGPTModel(config).eval().to(dtype), ids(1, 1)
+    with torch.no_grad():
+        ours = model(x, output_hidden_states=True).hidden_states
+        assert runs == [0, 1]
+        with use_backend("reference"):
+            theirs = model(x, output_hidden_states=True).hidden_states
+            oracle = model.double()(x, output_hidden_states=True).hidden_states
+    assert runs == [0, 1]
+    for layer, states in enumerate(zip(ours, theirs, oracle, strict=True)):
+        assert_no_worse_than_torch(f"hidden state {layer}", *states)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_decoding_in_half_precision_goes_on_in_place(dtype, runs):
+    model, x = make().to(dtype), ids(1, 40)
+    with torch.no_grad():
+        whole = model(x).logits
+        assert runs == []
+        cache = model(x[:, :39], use_cache=True).past_key_values
+        last = model(x[:, 39:], past_key_values=cache).logits
+        assert runs == [0, 1]
+    torch.testing.assert_close(last[:, 0].float(), whole[:, 39].float(), rtol=0, atol=0.02 * whole.abs().max().item())
 
 
 def test_gelu_in_place_is_exact_far_out():
@@ -419,7 +448,9 @@ def test_packed_model_saves_and_loads_what_a_plain_one_does(tmp_path):
     model, other = make(), make()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     gptfast.pack(model).save_pretrained(tmp_path)
-    assert {name: value.tolist() for name, value in model.state_dict().items()} == {k: v.tolist() for k, v in state.items()}
+    packed = model.state_dict()
+    assert list(packed) == list(state)
+    assert all(torch.equal(packed[name], state[name]) for name in state)
     loaded = gptfast.OpenAIGPTLMHeadModel.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), state.values(), strict=True))
     for value in state.values():
@@ -435,7 +466,7 @@ def test_packed_model_saves_and_loads_what_a_plain_one_does(tmp_path):
 def test_pack_refuses_and_then_changes_nothing():
     with pytest.raises(ValueError, match="eval mode"):
         gptfast.pack(make().train())
-    with pytest.raises(ValueError, match="torch.float32, got torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"torch\.float32, got torch\.bfloat16"):
         gptfast.pack(make().bfloat16())
     with pytest.raises(ValueError, match="on cpu, got meta"):
         gptfast.pack(make().to("meta"))

@@ -48,7 +48,7 @@ SIZES: dict[str, dict[str, Any]] = {
 COARSE = 6e-2
 ALONE_SECONDS = 300
 PARTS = {  # of a profile, the first pattern that an operator's or a kernel's name holds
-    "matmul": r"gemm|addmm|linear|aten::mm|aten::bmm|matmul|nvjet|cutlass(?!.*fmha)|cublas|int8pack",
+    "matmul": r"gemm|addmm|linear|aten::mm|aten::bmm|matmul|nvjet|cutlass(?!.*fmha)|cublas|embedding_bag_byte",
     "attention": r"attention|flash|fmha|softmax|attn",
     "LayerNorm": r"norm",
     "GELU": r"gelu|tanh|aten::pow",
@@ -114,13 +114,13 @@ def _built(name: str, size: str, dtype: torch.dtype, device: str) -> Any:
         return source
     model = OpenAIGPTLMHeadModel(source.config).to(device, dtype)
     model.load_state_dict(source.state_dict())
-    if name == "int8":
-        gptfast.quantize(model.eval())
+    if name in ("int8", "packed"):
+        (gptfast.quantize if name == "int8" else gptfast.pack)(model.eval())
     return model
 
 
 def built(name: str, size: str, dtype: torch.dtype, device: str) -> Any:
-    """One of "transformers", "hand-made", "gptfast", "int8", all of the same weights, in eval mode."""
+    """One of "transformers", "hand-made", "gptfast", "packed", "int8", all of the same weights, in eval mode."""
     return _built(name, size, dtype, device).eval()
 
 
@@ -270,7 +270,7 @@ def _contenders(
         judge: what of an output the gate sees.
         read: numbers read from memory, in each provider's own dtype.
     """
-    makes = {"transformers": theirs, "hand-made": hand_made, "gptfast": ours, "int8": ours}
+    makes = {"transformers": theirs, "hand-made": hand_made, "gptfast": ours, "packed": ours, "int8": ours}
     on_cpu = torch.device(settings.device).type == "cpu"
 
     def contender(name: str, mode: str | None = None, dtype: str = cell.dtype) -> Contender:
@@ -306,6 +306,7 @@ def _contenders(
     if not on_cpu and cell.mode != "train":
         table["gptfast CUDA graph"] = functools.partial(contender, "gptfast", "CUDA graph")
     if on_cpu and cell.dtype == "float32" and cell.mode != "train":
+        table["gptfast packed"] = functools.partial(contender, "packed")
         table["gptfast bfloat16"] = functools.partial(contender, "gptfast", None, "bfloat16")
         table["gptfast int8"] = functools.partial(contender, "int8")
     return table
