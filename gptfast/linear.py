@@ -13,7 +13,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
+
+from gptfast_kernels.projection import linear_dtype
 
 INT8_ROWS = 8  # rows of x up to which summing rows of int8 weights is faster than widening them for a matmul
 HALF_COLUMNS = 384  # of a half-precision weight that one thread sums at once
@@ -64,8 +67,8 @@ def _half_row(x: Tensor, weight: Tensor) -> Tensor:
 @functools.cache
 def _by_blocks(in_features: int, blocks: int) -> tuple[Tensor, Tensor]:
     """Of a weight [in, out] seen as [in * blocks, out / blocks]: its rows block by block, and where each begins."""
-    rows = torch.arange(in_features * blocks).view(in_features, blocks).t().flatten()
-    return rows, torch.arange(0, len(rows), in_features)
+    rows = torch.arange(in_features * blocks, device="cpu").view(in_features, blocks).t().flatten()
+    return rows, torch.arange(0, len(rows), in_features, device="cpu")
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -100,6 +103,7 @@ class BlockedLinear(nn.Module):
         """For a weight [in, out] of any strides."""
         super().__init__()
         self.features = in_features, out_features = tuple(weight.shape)
+        self.in_features, self.out_features = in_features, out_features  # as nn.Linear has them
         self.width = min(self.COLUMNS, out_features)
         self.blocks = math.ceil(out_features / self.width)
         padded = F.pad(weight.detach(), (0, self.blocks * self.width - out_features))
@@ -117,7 +121,7 @@ class BlockedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         y = self._product(x.reshape(-1, self.features[0])).reshape(*x.shape[:-1], self.features[1])
-        return y.contiguous() if self.bias is None else y + self.bias
+        return y.contiguous() if self.bias is None else y + self.bias.to(y.dtype)
 
     def into(self, x: Tensor, out: Tensor) -> Tensor:  # [N, in] -> out [N, out], without autograd
         if len(x) > CHUNK:
@@ -189,7 +193,7 @@ class Int8Linear(BlockedLinear):
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__(weight, bias)
         in_features = self.features[0]
-        every = torch.arange(self.blocks * in_features, dtype=torch.int32)
+        every = torch.arange(self.blocks * in_features, dtype=torch.int32, device=weight.device)
         self.register_buffer("rows", every, persistent=False)
         self.register_buffer("starts", every[::in_features].clone(), persistent=False)
 
@@ -199,16 +203,16 @@ class Int8Linear(BlockedLinear):
     def _multiply(self, x: Tensor) -> Tensor:
         N, in_features = x.shape
         few = 0 < N <= INT8_ROWS and x.device.type == "cpu" and x.dtype != torch.float64
-        if not few or (torch.is_grad_enabled() and x.requires_grad):
+        if not few or (torch.is_grad_enabled() and x.requires_grad) or forward_ad._current_level >= 0:
             return torch.bmm(x.expand(self.blocks, *x.shape), self._widened().to(x.dtype))
         rows, starts, factors = self.rows, self.starts, x.float().expand(self.blocks, *x.shape).reshape(-1)
         if N > 1:  # all rows of x meet a block before the next is read
             rows = rows.view(self.blocks, 1, in_features).expand(-1, N, -1).reshape(-1)
-            starts = torch.arange(0, len(rows), in_features, dtype=torch.int32)
+            starts = torch.arange(0, len(rows), in_features, dtype=torch.int32, device=x.device)
         y = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
             self.weight, rows, starts, per_sample_weights=factors
         )
-        return y.view(self.blocks, N, self.width).to(x.dtype)
+        return y.view(self.blocks, N, self.width).to(linear_dtype(x))
 
     def _widened(self) -> Tensor:  # float32 [blocks, in, width]
         wide = torch.ops.quantized.embedding_bag_byte_unpack(self.weight)

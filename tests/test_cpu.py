@@ -11,7 +11,7 @@ from torch import nn
 
 import gptfast
 from gptfast import cpu
-from gptfast.linear import CHUNK, INT8_ROWS, Conv1D, Int8Linear, PackedLinear
+from gptfast.linear import CHUNK, INT8_ROWS, Conv1D, Int8Linear, PackedLinear, _by_blocks
 from gptfast.model import Attention, Block
 from gptfast.outputs import DeferredLogits
 from gptfast_kernels import _dispatch, use_backend
@@ -30,7 +30,7 @@ def make(kind="OpenAIGPTLMHeadModel", dtype=torch.float32, **settings):
 
 
 def ids(*shape):
-    return torch.randint(V, shape, generator=torch.Generator().manual_seed(0))
+    return torch.randint(V, shape, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 @pytest.fixture
@@ -422,6 +422,47 @@ def test_a_gradient_flows_through_a_blocked_linear(kind, rows):
     layer(x).sum().backward()
     weight = layer.dequantized().t() if kind is Int8Linear else layer.unpacked()
     torch.testing.assert_close(x.grad, weight.sum(1).expand(rows, -1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_tangent_flows_through_an_int8_linear(rows):
+    layer, x = Int8Linear(torch.randn(64, 500), torch.randn(500)), torch.randn(rows, 64)
+    tangent = torch.func.jvp(layer, (x,), (x.flip(1),))[1]
+    torch.testing.assert_close(tangent, x.flip(1) @ layer.dequantized().t(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", [gptfast.pack, gptfast.quantize])
+@pytest.mark.parametrize("inference", [True, False])
+def test_blocked_weights_under_autocast(change, inference):
+    model, x = change(make()), ids(2, 12)
+    with torch.set_grad_enabled(not inference), torch.autocast("cpu", torch.bfloat16):
+        whole = model(x).logits
+        cache = model(x[:, :11], use_cache=True).past_key_values
+        last = model(x[:, 11:], past_key_values=cache).logits
+    assert whole.dtype == last.dtype == torch.bfloat16
+    torch.testing.assert_close(last[:, 0].float(), whole[:, 11].float(), rtol=0, atol=0.05 * whole.abs().max().item())
+
+
+@pytest.mark.parametrize("change", [lambda model: model.bfloat16(), gptfast.pack, gptfast.quantize])
+def test_a_default_device_does_not_say_where_a_cpu_computes(change):
+    model, other = make(), change(make())
+    _by_blocks.cache_clear()
+    with torch.no_grad(), torch.device("meta"):
+        change(model)
+        for shape in ((1, 1), (2, 1), (2, 40)):
+            x = ids(*shape)
+            ours = model(x).logits
+            with torch.device("cpu"):
+                assert torch.equal(ours, other(x).logits)
+
+
+def test_a_quantized_model_has_a_loss():
+    model, x = gptfast.quantize(make()), ids(2, 7)
+    output = model(x, labels=x)
+    expected = nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+    torch.testing.assert_close(output.loss, expected)
+    with pytest.raises(ValueError, match="labels contains 53"):
+        model(x, labels=torch.full_like(x, V))
 
 
 # ---- packed weights ----
