@@ -33,7 +33,7 @@ from torch.overrides import TorchFunctionMode
 
 from .config import CONFIG_NAME
 from .convert import from_tensorflow, read_json, read_openai_npy, read_tensorflow_h5
-from .linear import is_quantized
+from .linear import check_savable
 
 logger = logging.getLogger(__name__)
 
@@ -568,8 +568,8 @@ def save_pretrained(
         is_main_process: False writes nothing, so that all ranks may call this.
     """
     limit = _parse_size(max_shard_size)
-    if is_quantized(model) and state_dict is None:
-        raise ValueError("model has int8 weights, which no file format here holds: save it before quantize()")
+    if state_dict is None:
+        check_savable(model)
     if not is_main_process:
         return
     tensors = {_plain_key(k): t for k, t in (model.state_dict() if state_dict is None else state_dict).items()}

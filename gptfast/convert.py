@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .linear import check_savable
+
 # What Keras calls an instance of HuggingFace's TF class, by the name of ours.
 _TENSORFLOW_MODELS = {
     "OpenAIGPTModel": "tf_open_aigpt_model",
@@ -120,6 +122,7 @@ def save_tensorflow(model: Any, folder: str | os.PathLike) -> None:
         import h5py
     except ImportError as error:
         raise ImportError('tf_model.h5 needs h5py: pip install "gptfast-kernels[convert]"') from error
+    check_savable(model)
     state_dict = model.state_dict()
     head = state_dict.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, state_dict["transformer.tokens_embed.weight"]):
@@ -127,7 +130,7 @@ def save_tensorflow(model: Any, folder: str | os.PathLike) -> None:
 
     for key in state_dict:
         if key.rpartition(".")[2] not in ("weight", "bias") or "base_layer" in key or "lora" in key:
-            raise ValueError(f"model has {key}, which TensorFlow's class has not: merge adapters, and save before int8")
+            raise ValueError(f"model has {key}, which TensorFlow's class has not: merge adapters first")
 
     layers: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in state_dict.items():

@@ -299,3 +299,8 @@ def _replace(model: nn.Module, make: type[BlockedLinear], head: bool) -> nn.Modu
 
 def is_quantized(model: nn.Module) -> bool:
     return any(isinstance(module, Int8Linear) for module in model.modules())
+
+
+def check_savable(model: nn.Module) -> None:
+    if is_quantized(model):
+        raise ValueError("model has int8 weights, which no file format here holds: save it before quantize()")

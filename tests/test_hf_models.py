@@ -383,6 +383,30 @@ def test_text_classification_pipeline():
     assert results[0][0]["score"] == pytest.approx(results[1][0]["score"], abs=1e-5)
 
 
+# -- weights for inference on a CPU -----------------------------------------------------------------------------
+
+
+def test_packed_weights(tmp_path):
+    model = build()
+    with torch.no_grad():
+        expected = model(ids(2, 7)).logits
+        close(gptfast.pack(model)(ids(2, 7)).logits, expected)
+        model.save_pretrained(tmp_path)
+        close(hf.OpenAIGPTLMHeadModel.from_pretrained(tmp_path)(ids(2, 7)).logits, expected)
+
+
+def test_int8_weights_are_neither_saved_nor_tied(tmp_path):
+    model = gptfast.quantize(build())
+    with torch.no_grad():
+        before = model(ids(2, 7)).logits
+        with pytest.raises(ValueError, match="save it before quantize"):
+            model.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="the LM head has int8 weights"):
+            model.tie_weights()
+        assert torch.equal(model(ids(2, 7)).logits, before)
+    assert list(tmp_path.iterdir()) == []
+
+
 # -- errors -----------------------------------------------------------------------------------------------------
 
 

@@ -147,6 +147,15 @@ class OpenAIGPTPreTrainedModel(PreTrainedModel):
         if isinstance(self.config, OpenAIGPTConfig):  # our constructor ends with it too
             super().post_init()
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("state_dict") is None:
+            linear.check_savable(self)
+        return super().save_pretrained(*args, **kwargs)
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> Any:
+        OurPreTrainedModel._check_head(self)  # type: ignore[arg-type]
+        return super().tie_weights(*args, **kwargs)
+
     # transformers 5 initialises a Conv1D's weight with 0.02 whatever the config says
     _init_weights = OurPreTrainedModel._init_weights
 
