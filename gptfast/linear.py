@@ -104,8 +104,8 @@ class BlockedLinear(nn.Module):
         super().__init__()
         self.features = in_features, out_features = tuple(weight.shape)
         self.in_features, self.out_features = in_features, out_features  # as nn.Linear has them
-        self.width = min(self.COLUMNS, out_features)
-        self.blocks = math.ceil(out_features / self.width)
+        self.blocks = math.ceil(out_features / self.COLUMNS)
+        self.width = math.ceil(out_features / self.blocks)
         padded = F.pad(weight.detach(), (0, self.blocks * self.width - out_features))
         blocks = padded.reshape(in_features, self.blocks, self.width).transpose(0, 1).contiguous()
         self.weight = nn.Parameter(self._stored(blocks), requires_grad=False)

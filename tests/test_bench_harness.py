@@ -3,10 +3,12 @@
 import dataclasses
 import math
 import random
+import re
 
 import pytest
 import torch
 
+import gptfast
 from gptfast_bench import model, normalization, suite
 from gptfast_bench.harness import Cell, Contender, Limits, Settings, choose, error_of, noise_of, run_cell, time_in_turn
 from tests.support import DEVICE
@@ -69,6 +71,21 @@ def test_a_text_that_is_generated_wrongly_is_caught(broken):
     prompt, new = made[:, :T], made[:, T:]
     wrong = made[:, T - 1 : T].expand_as(new) if broken == "repeats" else new.roll(1, -1)
     assert error_of(contender.judge(torch.cat([prompt, wrong], 1)), task.expected()) > 6e-2
+
+
+@pytest.mark.parametrize("how", ["int8", "packed", "one position in bfloat16", "320 positions"])
+def test_a_profile_calls_what_multiplies_a_matmul(how):
+    """Every operator that a block on a CPU multiplies with, none of which is an embedding, a copy or something else."""
+    config = gptfast.OpenAIGPTConfig(vocab_size=53, n_positions=320, n_embd=48, n_layer=1, n_head=3)
+    body, x = gptfast.OpenAIGPTModel(config).eval(), torch.zeros(1, 320 if how[0] == "3" else 1, dtype=torch.int64)
+    changes = {"int8": gptfast.quantize, "packed": gptfast.pack, "one position in bfloat16": torch.nn.Module.bfloat16}
+    body = changes.get(how, torch.nn.Identity())(body)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        body(x)
+    names = [event.key for event in profile.key_averages() if re.search(r"mm|bag", event.key)]
+    assert names
+    for name in names:
+        assert next(part for part, pattern in model.PARTS.items() if re.search(pattern, name.lower())) == "matmul"
 
 
 def test_a_wrong_kernel_is_caught_and_never_timed(monkeypatch):

@@ -371,7 +371,7 @@ def test_results_outlive_the_next_forward_pass():
 # ---- int8 weights ----
 
 
-COLUMNS = (32, 384, 500)  # of a weight: one block, blocks that fill up, a last one that does not
+COLUMNS = (32, 384, 503)  # of a weight: one block, blocks that fill up, a last one that does not
 
 
 @pytest.mark.parametrize("columns", COLUMNS)
@@ -502,6 +502,13 @@ def test_packed_model_saves_and_loads_what_a_plain_one_does(tmp_path):
         torch.testing.assert_close(model(ids(1, 9)).logits, other(ids(1, 9)).logits)
     with pytest.raises(RuntimeError, match="size mismatch"):
         model.load_state_dict(state | {"transformer.h.0.mlp.c_fc.weight": torch.zeros(3, 5)})
+
+
+@pytest.mark.parametrize("columns", [1, 383, 385, 510, 769, 2304])
+def test_blocks_hold_little_but_the_weight(columns):
+    packed, int8 = (kind(torch.randn(8, columns), None).weight for kind in (PackedLinear, Int8Linear))
+    assert packed.numel() <= 1.01 * 8 * columns
+    assert int8.numel() <= 1.02 * 8 * (columns + 8 * math.ceil(columns / Int8Linear.COLUMNS))
 
 
 def test_pack_refuses_and_then_changes_nothing():

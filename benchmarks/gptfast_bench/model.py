@@ -48,7 +48,7 @@ SIZES: dict[str, dict[str, Any]] = {
 COARSE = 6e-2
 ALONE_SECONDS = 300
 PARTS = {  # of a profile, the first pattern that an operator's or a kernel's name holds
-    "matmul": r"gemm|addmm|linear|aten::mm|aten::bmm|matmul|nvjet|cutlass(?!.*fmha)|cublas|embedding_bag_byte",
+    "matmul": r"gemm|addb?mm|linear|aten::mm|aten::bmm|matmul|nvjet|cutlass(?!.*fmha)|cublas|embedding_bag",
     "attention": r"attention|flash|fmha|softmax|attn",
     "LayerNorm": r"norm",
     "GELU": r"gelu|tanh|aten::pow",
