@@ -121,6 +121,7 @@ class BlockedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         y = self._product(x.reshape(-1, self.features[0])).reshape(*x.shape[:-1], self.features[1])
+        y = y.to(linear_dtype(x))  # autocast does not know every operator below
         return y.contiguous() if self.bias is None else y + self.bias.to(y.dtype)
 
     def into(self, x: Tensor, out: Tensor) -> Tensor:  # [N, in] -> out [N, out], without autograd
@@ -212,7 +213,7 @@ class Int8Linear(BlockedLinear):
         y = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
             self.weight, rows, starts, per_sample_weights=factors
         )
-        return y.view(self.blocks, N, self.width).to(linear_dtype(x))
+        return y.view(self.blocks, N, self.width).to(x.dtype)
 
     def _widened(self) -> Tensor:  # float32 [blocks, in, width]
         wide = torch.ops.quantized.embedding_bag_byte_unpack(self.weight)
