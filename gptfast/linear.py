@@ -102,8 +102,8 @@ class BlockedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None):
         """For a weight [in, out] of any strides."""
         super().__init__()
-        self.features = in_features, out_features = tuple(weight.shape)
-        self.in_features, self.out_features = in_features, out_features  # as nn.Linear has them
+        self.features = tuple(weight.shape)
+        self.in_features, self.out_features = in_features, out_features = self.features
         self.blocks = math.ceil(out_features / self.COLUMNS)
         self.width = math.ceil(out_features / self.blocks)
         padded = F.pad(weight.detach(), (0, self.blocks * self.width - out_features))
@@ -120,12 +120,12 @@ class BlockedLinear(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        y = self._product(x.reshape(-1, self.features[0])).reshape(*x.shape[:-1], self.features[1])
+        y = self._product(x.reshape(-1, self.in_features)).reshape(*x.shape[:-1], self.out_features)
         y = y.to(linear_dtype(x))  # autocast does not know every operator below
         return y.contiguous() if self.bias is None else y + self.bias.to(y.dtype)
 
     def into(self, x: Tensor, out: Tensor) -> Tensor:  # [N, in] -> out [N, out], without autograd
-        if len(x) > CHUNK:
+        if x.shape[0] > CHUNK:
             for rows, target in zip(x.split(CHUNK), out.split(CHUNK), strict=True):
                 self.into(rows, target)
             return out
@@ -138,19 +138,24 @@ class BlockedLinear(nn.Module):
         return out
 
     def onto(self, x: Tensor, out: Tensor) -> Tensor:  # [N, in], added to out [N, out], without autograd
-        for rows, target in zip(x.split(CHUNK), out.split(CHUNK), strict=True) if len(x) > CHUNK else ((x, out),):
-            y = self._product(rows)
-            target.view(y.shape).add_(y)
+        if x.shape[0] > CHUNK:
+            for rows, target in zip(x.split(CHUNK), out.split(CHUNK), strict=True):
+                self.onto(rows, target)
+            return out
+        y = self._product(x)
+        out.view(y.shape).add_(y)
         return out if self.bias is None else out.add_(self.bias)
 
     def _product(self, x: Tensor) -> Tensor:
         """x [N, in] before the bias, as [N, blocks, width] or [N, 1, out]."""
-        y, out_features = self._multiply(x), self.features[1]
-        full = self.blocks * self.width == out_features
-        if len(x) == 1 or not full:
-            y = y.transpose(0, 1).reshape(len(x), 1, self.blocks * self.width)
-            return y if full else y[:, :, :out_features]
-        return y.transpose(0, 1)
+        y, N, columns = self._multiply(x), x.shape[0], self.blocks * self.width
+        if N == 1:
+            y = y.view(1, 1, columns)
+        elif columns != self.out_features:
+            y = y.transpose(0, 1).reshape(N, 1, columns)
+        else:
+            return y.transpose(0, 1)
+        return y if columns == self.out_features else y[:, :, : self.out_features]
 
 
 class PackedLinear(BlockedLinear):
@@ -166,7 +171,7 @@ class PackedLinear(BlockedLinear):
 
     def unpacked(self) -> Tensor:
         """The weight [in, out]."""
-        return self.weight.transpose(0, 1).reshape(self.features[0], -1)[:, : self.features[1]].contiguous()
+        return self.weight.transpose(0, 1).reshape(self.in_features, -1)[:, : self.out_features].contiguous()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -193,7 +198,7 @@ class Int8Linear(BlockedLinear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__(weight, bias)
-        in_features = self.features[0]
+        in_features = self.in_features
         every = torch.arange(self.blocks * in_features, dtype=torch.int32, device=weight.device)
         self.register_buffer("rows", every, persistent=False)
         self.register_buffer("starts", every[::in_features].clone(), persistent=False)
@@ -217,18 +222,19 @@ class Int8Linear(BlockedLinear):
 
     def _widened(self) -> Tensor:  # float32 [blocks, in, width]
         wide = torch.ops.quantized.embedding_bag_byte_unpack(self.weight)
-        return wide.view(self.blocks, self.features[0], self.width)
+        return wide.view(self.blocks, self.in_features, self.width)
 
     def dequantized(self) -> Tensor:
         """The weight [out, in] that the int8 stand for, in float32."""
-        return self._widened().transpose(1, 2).reshape(-1, self.features[0])[: self.features[1]]
+        return self._widened().transpose(1, 2).reshape(-1, self.in_features)[: self.out_features]
 
 
 def quantize(model: nn.Module) -> nn.Module:
     """Rounds the weights of every ``Conv1D`` and of the LM head to 8 bits, in place, for decoding on a CPU.
 
     The embeddings stay as they are, and so do classification and multiple-choice heads. Save and train before: an int8
-    model does neither.
+    model does neither. More than ``INT8_ROWS`` rows at once take another product than fewer, so a row of a larger batch
+    is not bit for bit the row alone.
 
     Args:
         model: any of the GPT-1 classes, in eval mode, on a CPU.
@@ -238,9 +244,10 @@ def quantize(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: the model is in training mode, not on a CPU, quantized or packed already, without a layer to
-            quantize, or with one that has hooks or a forward pass of its own, which would be lost. It is unchanged
-            then.
+            quantize, or with one that has hooks or a forward pass of its own, which would be lost. TypeError: it is no
+            module. It is unchanged then.
     """
+    _check(model)
     return _replace(model, Int8Linear, head=True)
 
 
@@ -259,17 +266,20 @@ def pack(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: the model is in training mode, not on a CPU, not in float32, quantized or packed already, without a
-            layer to pack, or with one that has hooks or a forward pass of its own, which would be lost. It is
-            unchanged then.
+            layer to pack, or with one that has hooks or a forward pass of its own, which would be lost. TypeError: it
+            is no module. It is unchanged then.
     """
+    _check(model)
     dtypes = sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point()} - {"torch.float32"})
     if dtypes:
         raise ValueError(f"model must be in torch.float32, got {', '.join(dtypes)}")
     return _replace(model, PackedLinear, head=False)
 
 
-def _replace(model: nn.Module, make: type[BlockedLinear], head: bool) -> nn.Module:
-    """Puts what ``make`` makes of it in the place of every ``Conv1D``, and of the LM head if ``head``."""
+def _check(model: nn.Module) -> None:
+    """Raises unless the weights of ``model`` can be laid out otherwise."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be one of gptfast's GPT-1 classes, got {type(model).__name__}")
     devices = sorted({str(p.device) for p in model.parameters()})
     if devices != ["cpu"]:
         raise ValueError(f"model must be on cpu, got {', '.join(devices)}")
@@ -278,6 +288,10 @@ def _replace(model: nn.Module, make: type[BlockedLinear], head: bool) -> nn.Modu
     for kind, adjective in ((Int8Linear, "int8"), (PackedLinear, "packed")):
         if any(isinstance(module, kind) for module in model.modules()):
             raise ValueError(f"model has {adjective} weights already")
+
+
+def _replace(model: nn.Module, make: type[BlockedLinear], head: bool) -> nn.Module:
+    """Puts what ``make`` makes of it in the place of every ``Conv1D``, and of the LM head if ``head``."""
     layers = [
         (parent, name, child)
         for parent in model.modules()

@@ -519,6 +519,14 @@ def test_blocks_hold_little_but_the_weight(columns):
     assert int8.numel() <= 1.02 * 8 * (columns + 8 * math.ceil(columns / Int8Linear.COLUMNS))
 
 
+@pytest.mark.parametrize("change", [gptfast.pack, gptfast.quantize])
+def test_what_is_no_model_is_refused_by_name(change):
+    with pytest.raises(TypeError, match="model must be one of gptfast's GPT-1 classes, got NoneType"):
+        change(None)
+    with pytest.raises(ValueError, match="model must be one of gptfast's GPT-1 classes, got Linear"):
+        change(nn.Linear(3, 3).eval())
+
+
 def test_pack_refuses_and_then_changes_nothing():
     with pytest.raises(ValueError, match="eval mode"):
         gptfast.pack(make().train())
