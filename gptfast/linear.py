@@ -254,9 +254,9 @@ def quantize(model: nn.Module) -> nn.Module:
 def pack(model: nn.Module) -> nn.Module:
     """Lays the weights of every ``Conv1D`` out in blocks of columns, in place, for inference on a CPU.
 
-    The forward pass over some 2 to 128 positions at once is faster then, over 512 as fast; over thousands, and decoding
-    one token at a time, it is up to a sixth slower. The same memory, the same ``state_dict``; outputs differ by rounding.
-    Packed weights are not trained.
+    The forward pass over some 2 to 128 positions at once is faster then, and over 512 as fast. Over thousands, and
+    where tokens are decoded one at a time, it is up to a sixth slower. Memory and ``state_dict`` stay the same,
+    outputs differ by rounding. Packed weights are not trained.
 
     Args:
         model: any of the GPT-1 classes, float32, in eval mode, on a CPU.
