@@ -103,7 +103,7 @@ def run_block(parts: Parts, x: Tensor, context: "AttentionContext", layer: int, 
     parts.c_attn.into(x, buffers.qkv)
     a = _attend(parts.attn, buffers, context, layer)
     if _dispatch.is_recording():
-        for op in ("layer_norm", "linear_gelu", "layer_norm"):
+        for op in ("layer_norm", "linear_gelu" if isinstance(parts.c_fc, Conv1D) else "gelu", "layer_norm"):
             _dispatch.select(op, "auto", _triton.why_not(x))
     residual = x if consume else buffers.residual.copy_(x)
     n = _normalize(parts.ln_1, parts.c_proj.onto(a, residual))

@@ -756,6 +756,16 @@ def test_loss_holds_no_logits():
 # ---- explain ----
 
 
+@pytest.mark.parametrize("change", [lambda model: model, gptfast.pack, gptfast.quantize])
+@pytest.mark.parametrize("grad", [False, True])  # in place, and by the ops
+def test_explain_names_the_ops_that_run(change, grad):
+    model = change(make())
+    with torch.set_grad_enabled(grad):
+        ops = [row.op for row in gptfast.explain(model, ids(1, 5))]
+    own = isinstance(model.transformer.h[0].mlp.c_fc, Conv1D)
+    assert ("linear_gelu" in ops, "gelu" in ops) == (own, not own)
+
+
 def test_explain_strict_names_what_fell_back():
     model = make()
     with pytest.raises(RuntimeError, match=r"strict=True.*embedding on torch: .*; layer_norm on torch: "):
