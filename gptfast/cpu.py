@@ -59,15 +59,15 @@ class Buffers:
 
     def fit(self, parts: "Parts") -> bool:
         """Whether the block made of ``parts`` has the heads, widths and dtype of these; a config does not bind it."""
-        return (parts.attn.n_head, parts.c_attn.features, parts.c_fc.features) == self.sizes and {
-            getattr(ln.weight, "dtype", None) for ln in (parts.ln_1, parts.ln_2)
-        } <= {None, self.qkv.dtype}
+        dtypes = {getattr(ln.weight, "dtype", None) for ln in (parts.ln_1, parts.ln_2)}
+        sizes = parts.attn.n_head, parts.c_attn.features, parts.c_fc.features
+        return sizes == self.sizes and dtypes <= {None, self.qkv.dtype}
 
 
 def applies(x: Tensor) -> bool:
     """Whether hidden states like ``x`` can be computed here: on a CPU, eagerly, by PyTorch's operators.
 
-    In float32; in half precision one position alone, for more are not faster in place.
+    In float32; in half precision one position alone, for attention and GELU by parts would round at every step.
     """
     one = x.shape[0] * x.shape[1] == 1
     return (

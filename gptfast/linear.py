@@ -113,7 +113,7 @@ class BlockedLinear(nn.Module):
 
     def _stored(self, blocks: Tensor) -> Tensor:
         """What is kept of a weight [blocks, in, width]."""
-        raise NotImplementedError
+        return blocks
 
     def _multiply(self, x: Tensor) -> Tensor:
         """x [N, in] -> [blocks, N, width], before the bias."""
@@ -162,9 +162,6 @@ class PackedLinear(BlockedLinear):
     """A ``Conv1D`` for inference; its ``state_dict`` is a ``Conv1D``'s."""
 
     COLUMNS = 384  # 1.2 MB of a float32 weight with 768 rows
-
-    def _stored(self, blocks: Tensor) -> Tensor:
-        return blocks
 
     def _multiply(self, x: Tensor) -> Tensor:
         return torch.bmm(x.expand(self.blocks, *x.shape), self.weight)
