@@ -190,28 +190,18 @@ class Int8Linear(BlockedLinear):
     """
 
     COLUMNS = 192
-    rows: Tensor  # int32, every row of ``weight``
-    starts: Tensor  # int32, each block's first
-
-    def __init__(self, weight: Tensor, bias: Tensor | None):
-        super().__init__(weight, bias)
-        in_features = self.in_features
-        every = torch.arange(self.blocks * in_features, dtype=torch.int32, device=weight.device)
-        self.register_buffer("rows", every, persistent=False)
-        self.register_buffer("starts", every[::in_features].clone(), persistent=False)
 
     def _stored(self, blocks: Tensor) -> Tensor:  # uint8 [blocks * in, width + 8], scale and offset in the last 8 bytes
         return torch.ops.quantized.embedding_bag_byte_prepack(blocks.float().flatten(0, 1))
 
     def _multiply(self, x: Tensor) -> Tensor:
-        N, in_features = x.shape
+        N = x.shape[0]
         few = 0 < N <= INT8_ROWS and x.device.type == "cpu" and x.dtype != torch.float64
         if not few or (torch.is_grad_enabled() and x.requires_grad) or forward_ad._current_level >= 0:
             return torch.bmm(x.expand(self.blocks, *x.shape), self._widened().to(x.dtype))
-        rows, starts, factors = self.rows, self.starts, x.float().expand(self.blocks, *x.shape).reshape(-1)
-        if N > 1:  # all rows of x meet a block before the next is read
-            rows = rows.view(self.blocks, 1, in_features).expand(-1, N, -1).reshape(-1)
-            starts = torch.arange(0, len(rows), in_features, dtype=torch.int32, device=x.device)
+        traced = type(x) is not Tensor or torch.compiler.is_compiling()  # what is made then is no tensor to keep
+        rows, starts = (_by_bags if traced else _kept_by_bags)(self.blocks, self.in_features, N)
+        factors = x.float().expand(self.blocks, *x.shape).reshape(-1)
         y = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
             self.weight, rows, starts, per_sample_weights=factors
         )
@@ -224,6 +214,19 @@ class Int8Linear(BlockedLinear):
     def dequantized(self) -> Tensor:
         """The weight [out, in] that the int8 stand for, in float32."""
         return self._widened().transpose(1, 2).reshape(-1, self.in_features)[: self.out_features]
+
+
+def _by_bags(blocks: int, in_features: int, N: int) -> tuple[Tensor, Tensor]:
+    """Which rows of an int8 weight [blocks * in, width] each of blocks * N sums takes, int32, and where each sum begins.
+
+    All N rows of x meet a block before the next block is read.
+    """
+    rows = torch.arange(blocks * in_features, dtype=torch.int32, device="cpu")
+    rows = rows.view(blocks, 1, in_features).expand(-1, N, -1).reshape(-1)
+    return rows, torch.arange(0, len(rows), in_features, dtype=torch.int32, device="cpu")
+
+
+_kept_by_bags = functools.cache(_by_bags)
 
 
 def quantize(model: nn.Module) -> nn.Module:
@@ -241,8 +244,8 @@ def quantize(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: the model is in training mode, not on a CPU, quantized or packed already, without a layer to
-            quantize, or with one that has hooks or a forward pass of its own, which would be lost. TypeError: it is no
-            module. It is unchanged then.
+            quantize, or with one that has inf or NaN among its weights, or hooks or a forward pass of its own, which
+            would be lost. TypeError: it is no module. It is unchanged then.
     """
     _check(model)
     return _replace(model, Int8Linear, head=True)
@@ -303,6 +306,8 @@ def _replace(model: nn.Module, make: type[BlockedLinear], head: bool) -> nn.Modu
                 f"{name} of a {type(parent).__name__} must be as it was built, got a {type(child).__name__} that has "
                 "hooks or a forward pass of its own"
             )
+        if make is Int8Linear and not child.weight.isfinite().all():  # type: ignore[operator]
+            raise ValueError(f"weight of {name} of a {type(parent).__name__} must be finite, got inf or NaN")
     for parent, name, child in layers:
         weight = child.weight if isinstance(child, Conv1D) else child.weight.t()
         setattr(parent, name, make(weight, child.bias).eval())  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """What every GPT-1 class has besides its forward pass: initialisation, tied weights, resizing, loading and saving."""
 
+import math
 import os
 from typing import Any, ClassVar
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import OpenAIGPTConfig
-from .linear import is_quantized
+from .linear import BlockedLinear, is_quantized
 
 
 class OpenAIGPTPreTrainedModel(nn.Module):
@@ -61,9 +62,12 @@ class OpenAIGPTPreTrainedModel(nn.Module):
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Number of weights; a tied one counts once."""
+        sizes = {id(m.weight): math.prod(m.features) for m in self.modules() if isinstance(m, BlockedLinear)}
         embeddings = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)} if exclude_embeddings else ()
         return sum(
-            p.numel() for p in self.parameters() if id(p) not in embeddings and (p.requires_grad or not only_trainable)
+            sizes.get(id(p), p.numel())
+            for p in self.parameters()
+            if id(p) not in embeddings and (p.requires_grad or not only_trainable)
         )
 
     def get_input_embeddings(self) -> nn.Embedding:

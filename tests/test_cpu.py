@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gptfast
 from gptfast import cpu
@@ -396,6 +397,14 @@ def test_a_row_of_an_int8_batch_is_that_row_alone(columns):
     assert torch.equal(layer(x), torch.cat([layer(row) for row in x.split(1)]))
 
 
+def test_an_int8_linear_that_was_traced_computes_the_same_afterwards():
+    layer, x = Int8Linear(torch.randn(67, 500), None), torch.randn(3, 67)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        layer(mode.from_tensor(x))
+    traced = torch.compile(layer, fullgraph=True, backend="eager")(x)
+    assert torch.equal(layer(x), traced)
+
+
 @pytest.mark.parametrize("kind", [Int8Linear, PackedLinear])
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("has_bias", [True, False])
@@ -549,7 +558,19 @@ def test_quantized_model_predicts_nearly_as_before_and_decodes():
     assert not any(isinstance(m, Conv1D) for m in model.modules())
 
 
+@pytest.mark.parametrize("change", [gptfast.pack, gptfast.quantize])
+def test_parameters_are_counted_as_before(change):
+    model = make(tie_word_embeddings=False)
+    count = model.num_parameters()
+    assert change(model).num_parameters() == count
+
+
 def test_quantize_refuses_and_then_changes_nothing(tmp_path):
+    broken = make()
+    broken.transformer.h[1].mlp.c_fc.weight.data[3, 5] = torch.inf
+    with pytest.raises(ValueError, match="weight of c_fc of a MLP must be finite, got inf or NaN"):
+        gptfast.quantize(broken)
+    assert isinstance(broken.transformer.h[0].mlp.c_fc, Conv1D)
     model = make().train()
     with pytest.raises(ValueError, match="eval mode"):
         gptfast.quantize(model)
