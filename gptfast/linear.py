@@ -217,7 +217,7 @@ class Int8Linear(BlockedLinear):
 
 
 def _by_bags(blocks: int, in_features: int, N: int) -> tuple[Tensor, Tensor]:
-    """Which rows of an int8 weight [blocks * in, width] each of blocks * N sums takes, int32, and where each sum begins.
+    """Which rows of an int8 weight [blocks * in, width] each of blocks * N sums takes, and where each begins: int32.
 
     All N rows of x meet a block before the next block is read.
     """
