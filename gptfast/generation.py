@@ -9,6 +9,8 @@ it changes in place, and it reads nothing back, so that on a GPU it is captured 
 Shapes: B batch, T prompt length with padding, V vocabulary, N tokens to be made, P positions of the model.
 """
 
+import inspect
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -22,6 +24,9 @@ from torch.nn.utils.rnn import pad_sequence
 from .cache import KVCache
 from .inputs import check_ids, check_tensor
 from .linear import is_plain
+
+# What a step asks a forward pass for, besides the cache, whatever the config says.
+PLAIN = {"use_cache": False, "output_attentions": False, "output_hidden_states": False, "return_dict": True}
 
 # Steps on a GPU between two looks at whether all rows have stopped: a look waits for the GPU. On a CPU it is free.
 LOOK_EVERY = 16
@@ -162,11 +167,13 @@ class Decoder:
 
         The logits themselves [B, T, V] of a model with hooks or a forward pass of its own.
         """
-        settings: dict[str, Any] = {"past_key_values": cache, "use_cache": False}
-        settings |= {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
-        if self.whole is not None:
-            return self.whole(ids, **settings).logits
-        return self.body(ids, **settings).last_hidden_state
+        if self.whole is None:
+            return self.body(ids, past_key_values=cache, **PLAIN).last_hidden_state
+        logits = getattr(self.whole(ids, past_key_values=cache, **PLAIN), "logits", None)
+        if logits is None or logits.shape[:2] != ids.shape:
+            name, (B, T), got = type(self.whole).__name__, ids.shape, "none" if logits is None else list(logits.shape)
+            raise TypeError(f"{name}.forward must return an output with logits [{B}, {T}, V], got {got}")
+        return logits
 
     @torch.inference_mode()
     def reread(self, rows: list[int], windows: list[Tensor]) -> None:
@@ -192,7 +199,7 @@ class Decoder:
     def choose(self, last: Tensor) -> None:
         """Makes the next token of every row from what ``run`` gave for its last one. No host synchronisation."""
         how = self.how
-        logits: Any = self.head(last) if self.whole is None else last
+        logits: Any = self.head(last[:, None])[:, 0] if self.whole is None else last  # [B, 1, C], as heads know them
         if self.seen is not None:
             weaker = torch.where(logits > 0, logits / how.repetition_penalty, logits * how.repetition_penalty)
             logits = torch.where(self.seen, weaker, logits)
@@ -233,6 +240,22 @@ def check_count(name: str, value: int, least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def _unboxed(numbers: Any) -> Any:
+    """What a tensor or an array holds."""
+    return numbers.tolist() if hasattr(numbers, "tolist") else numbers
+
+
+def _check_forward(model: Any) -> None:
+    """Raises unless the forward pass that ``Decoder.run`` calls, which may be somebody's own, takes its keywords."""
+    from .heads import OpenAIGPTLMHeadModel
+
+    called = model.transformer if is_plain(model, OpenAIGPTLMHeadModel) else model
+    parameters = inspect.signature(called.forward).parameters
+    missing = [name for name in ("past_key_values", *PLAIN) if name not in parameters]
+    if missing and all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+        raise TypeError(f"{type(called).__name__}.forward must take {', '.join(missing)}: generate passes them")
+
+
 def _seeds(
     seed: int | Sequence[int] | None, generator: torch.Generator | None, B: int, do_sample: bool
 ) -> Sequence[int]:
@@ -246,13 +269,16 @@ def _seeds(
             return range(B)
         device = None if generator is None else generator.device
         return torch.randint(2**63 - 1, (B,), generator=generator, device=device).tolist()
-    seeds = list(seed) if isinstance(seed, Iterable) else [seed + row for row in range(B)]
-    if len(seeds) != B:
-        raise ValueError(f"seed must be an int or one for each of the {B} rows, got {len(seeds)}")
-    for one in seeds[:1] if isinstance(seed, int) else seeds:
+    seed = _unboxed(seed)
+    seeds = list(seed) if isinstance(seed, Iterable) else [seed]
+    for one in seeds:
         check_int("seed", one)
         if not 0 <= one < 2**63:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {one}")
+    if isinstance(seed, int):
+        return [seed + row for row in range(B)]
+    if len(seeds) != B:
+        raise ValueError(f"seed must be an int or one for each of the {B} rows, got {len(seeds)}")
     return seeds
 
 
@@ -297,7 +323,7 @@ class GenerationMixin:
             int64 [B * num_return_sequences, T + new]: the prompts as given, then what was added.
 
         Raises:
-            ValueError: an argument is not accepted, or the text would pass n_positions; before any work.
+            ValueError, TypeError: as ``generate_stream``.
         """
         self._check_prompt(input_ids, attention_mask)
         check_count("num_return_sequences", num_return_sequences)
@@ -319,31 +345,33 @@ class GenerationMixin:
             attention_mask = (
                 None if attention_mask is None else attention_mask.repeat_interleave(num_return_sequences, 0)
             )
+        if max_length is not None:
+            check_int("max_length", max_length)
         if max_new_tokens is None:
             T, room = input_ids.shape[1], self.config.n_positions - input_ids.shape[1]  # type: ignore[attr-defined]
             max_new_tokens = min(20, max(room, 1)) if max_length is None else max_length - T
             if max_length is not None and max_new_tokens < 1:
                 raise ValueError(f"max_length must exceed the prompt's {T} positions, got {max_length}")
 
-        blocks = self._generate(
+        settings.setdefault("look_every", LOOK_EVERY if input_ids.is_cuda and streamer is None else 1)
+        steps = self.generate_stream(
             input_ids,
             attention_mask=attention_mask,
             max_new_tokens=max_new_tokens,
             eos_token_id=stops,
             pad_token_id=pad_token_id,
-            look_every=LOOK_EVERY if input_ids.is_cuda and streamer is None else 1,
             **settings,
         )
         if streamer is not None:
             streamer.put(input_ids.cpu())
         new = []
-        for block in blocks:
-            new.append(block)
+        for tokens in steps:
+            new.append(tokens)
             if streamer is not None:
-                streamer.put(block[:, 0].cpu())
+                streamer.put(tokens.cpu())
         if streamer is not None:
             streamer.end()
-        return torch.cat([input_ids.long(), *new], 1)
+        return torch.cat([input_ids.long(), torch.stack(new, 1)], 1)
 
     def generate_stream(
         self,
@@ -363,6 +391,7 @@ class GenerationMixin:
         pad_token_id: int = 0,
         use_cache: bool = True,
         overflow: str = "error",
+        look_every: int = 1,
     ) -> Iterator[Tensor]:
         """Yields the next token of every row, int64 [B], until each row has stopped or ``max_new_tokens`` are made.
 
@@ -382,53 +411,17 @@ class GenerationMixin:
             overflow: what happens at the model's last position. "error": a text that would pass it is refused. "slide":
                 the row goes on behind the last half of its window, which is read again from position 0. What a row
                 sees then depends on its length alone.
+            look_every: steps between two looks at whether all rows have stopped, which a GPU is waited for at; their
+                tokens come at once.
 
         Raises:
-            ValueError: an argument is not accepted, or the text would pass n_positions; before any work.
+            ValueError, TypeError: an argument is not accepted, the text would pass n_positions, or a subclass's forward
+                lacks a keyword; before any work.
         """
-        blocks = self._generate(
-            input_ids,
-            attention_mask=attention_mask,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            generator=generator,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-            use_cache=use_cache,
-            overflow=overflow,
-            look_every=1,
-        )
-        return (block[:, 0] for block in blocks)
-
-    def _generate(
-        self,
-        input_ids: Tensor,
-        *,
-        look_every: int,
-        max_new_tokens: int,
-        attention_mask: Tensor | None = None,
-        min_new_tokens: int = 0,
-        do_sample: bool = False,
-        temperature: float | None = None,
-        top_k: int | None = 50,
-        top_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | Sequence[int] | None = None,
-        generator: torch.Generator | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        pad_token_id: int = 0,
-        use_cache: bool = True,
-        overflow: str = "error",
-    ) -> Iterator[Tensor]:
-        """``generate_stream`` in blocks [B, up to look_every]; checks everything, then returns the iterator."""
         mask = self._check_prompt(input_ids, attention_mask)
         P = self.config.n_positions  # type: ignore[attr-defined]
+        _check_forward(self)
+        check_count("look_every", look_every)
         check_count("max_new_tokens", max_new_tokens)
         check_count("min_new_tokens", min_new_tokens, 0)
         check_count("top_k", 0 if top_k is None else top_k, 0)
@@ -441,8 +434,8 @@ class GenerationMixin:
             )
         if do_sample and top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-        if repetition_penalty is not None and not repetition_penalty > 0:
-            raise ValueError(f"repetition_penalty must be positive, got {repetition_penalty}")
+        if repetition_penalty is not None and not 0 < repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty must be positive and finite, got {repetition_penalty}")
         if overflow not in ("error", "slide"):
             raise ValueError(f"overflow must be 'error' or 'slide', got {overflow!r}")
         vocab_size = self.config.vocab_size  # type: ignore[attr-defined]
@@ -453,7 +446,7 @@ class GenerationMixin:
         lengths = [len(row) for row in rows]
         if min(lengths) == 0:
             raise ValueError("attention_mask has a row without any token")
-        if use_cache and self.training and (min(lengths) < max(lengths)):  # type: ignore[attr-defined]
+        if use_cache and self.transformer.training and min(lengths) < max(lengths):  # type: ignore[attr-defined]
             raise ValueError("attention_mask leaves rows of different length: use_cache=True needs model.eval()")
         if overflow == "error" and max(lengths) + max_new_tokens > P:
             raise ValueError(
@@ -471,10 +464,10 @@ class GenerationMixin:
             pad_token_id=pad_token_id,
         )
         seeds = _seeds(seed, generator, len(input_ids), do_sample)
-        return self._blocks([row.long() for row in rows], how, max_new_tokens, seeds, use_cache, look_every)
+        return self._steps([row.long() for row in rows], how, max_new_tokens, seeds, use_cache, look_every)
 
     @torch.no_grad()
-    def _blocks(
+    def _steps(
         self, prompts: list[Tensor], how: Settings, N: int, seeds: Sequence[int], use_cache: bool, look_every: int
     ) -> Iterator[Tensor]:
         """prompts: each row's tokens, int64 [T_b]."""
@@ -512,7 +505,7 @@ class GenerationMixin:
             for count in range(1, N + 1):
                 if count - shown == look_every or count == N:
                     valid = int(decoder.alive) if how.stops else N
-                    yield decoder.made[:, shown : min(count, valid)].clone()
+                    yield from decoder.made[:, shown : min(count, valid)].clone().unbind(1)
                     shown = count
                     if valid <= count or count == N:
                         return
@@ -537,6 +530,9 @@ class GenerationMixin:
             raise ValueError(
                 f"input_ids must be [B, T] with at least one row and one position, got shape {list(input_ids.shape)}"
             )
+        device = self.transformer.tokens_embed.weight.device  # type: ignore[attr-defined]
+        if input_ids.device != device:
+            raise ValueError(f"input_ids must be on {device} as the model is, got {input_ids.device}")
         check_ids("input_ids", input_ids, self.config.vocab_size)  # type: ignore[attr-defined]
         if attention_mask is None:
             return None
@@ -554,6 +550,7 @@ class GenerationMixin:
             eos_token_id = self.config.eos_token_id  # type: ignore[attr-defined]
         if eos_token_id is None:
             return []
+        eos_token_id = _unboxed(eos_token_id)
         stops = list(eos_token_id) if isinstance(eos_token_id, Iterable) else [eos_token_id]
         vocab_size = self.config.vocab_size  # type: ignore[attr-defined]
         for stop in stops:

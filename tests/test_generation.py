@@ -161,10 +161,61 @@ def test_a_forward_pass_or_a_hook_of_ones_own_is_called(use_cache):
     assert torch.equal(model.generate(prompt, max_new_tokens=12, use_cache=use_cache), banned)
 
 
+class TakesAll(gptfast.OpenAIGPTLMHeadModel):
+    def forward(self, input_ids, **settings):  # type: ignore[override]
+        return super().forward(input_ids, **settings)
+
+
+class TakesFew(gptfast.OpenAIGPTLMHeadModel):
+    def forward(self, input_ids, attention_mask=None, use_cache=None, return_dict=None):  # type: ignore[override]
+        return super().forward(input_ids, attention_mask, return_dict=return_dict)
+
+
+class GivesATuple(gptfast.OpenAIGPTLMHeadModel):
+    def forward(self, *args, **settings):
+        return super().forward(*args, **{**settings, "return_dict": False})
+
+
+class GivesTheLast(gptfast.OpenAIGPTLMHeadModel):
+    def forward(self, *args, **settings):
+        return super().forward(*args, **{**settings, "logits_to_keep": 1})
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_forward_pass_that_generate_cannot_call_is_named(use_cache):
+    model, x = make(), ids(2, 5)
+    taking_all = TakesAll(model.config).eval()
+    taking_all.load_state_dict(model.state_dict())
+    assert torch.equal(taking_all.generate(x, use_cache=use_cache), model.generate(x))
+
+    missing = "forward must take past_key_values, output_attentions, output_hidden_states: generate passes them"
+    with _dispatch.record() as choices:
+        with pytest.raises(TypeError, match=f"^TakesFew.{missing}$"):
+            TakesFew(model.config).eval().generate_stream(x, max_new_tokens=3, use_cache=use_cache)
+        model.transformer.forward = lambda input_ids, use_cache, return_dict: None
+        with pytest.raises(TypeError, match=f"^OpenAIGPTModel.{missing}$"):
+            model.generate(x, use_cache=use_cache)
+    assert choices == []
+
+    for kind, got in ((GivesATuple, "none"), (GivesTheLast, r"\[2, 1, 97\]")):
+        with pytest.raises(TypeError, match=rf"{kind.__name__}.forward must return .* logits \[2, 5, V\], got {got}"):
+            kind(model.config).eval().generate(x, use_cache=use_cache)
+
+
+class SeesPositions(torch.nn.Linear):
+    def forward(self, hidden):
+        _B, _T, _C = hidden.shape
+        return super().forward(hidden)
+
+
 def test_a_head_put_in_the_place_of_the_models():
     model, prompt = make(), ids(2, 5)
     expected = model.generate(prompt, max_new_tokens=5)
-    model.lm_head = torch.nn.Sequential(model.lm_head, torch.nn.Identity())
+    head = model.lm_head
+    model.lm_head = torch.nn.Sequential(head, torch.nn.Identity())
+    assert torch.equal(model.generate(prompt, max_new_tokens=5), expected)
+    model.lm_head = SeesPositions(head.in_features, head.out_features, bias=False)
+    model.lm_head.weight = head.weight
     assert torch.equal(model.generate(prompt, max_new_tokens=5), expected)
 
 
@@ -197,8 +248,13 @@ def test_training_mode_stays_and_drops():
     assert len(texts) > 1
     assert model.training
     ragged = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
-    with pytest.raises(ValueError, match=r"attention_mask leaves rows of different length: .* model.eval\(\)"):
+    refused = pytest.raises(ValueError, match=r"attention_mask leaves rows of different length: .* model.eval\(\)")
+    with refused:
         model.generate(ids(2, 5), attention_mask=ragged)
+    model.eval().transformer.train()
+    with _dispatch.record() as choices, refused:
+        model.generate(ids(2, 5), attention_mask=ragged)
+    assert choices == []
     assert model.generate(ids(2, 5), attention_mask=ragged, use_cache=False).shape == (2, 25)
     model.gradient_checkpointing_enable()
     assert model.generate(ids(1, 5)).shape == (1, 25)
@@ -341,6 +397,8 @@ def test_stop_tokens(pick, use_cache):
     expected = stopped(plain, stops, 11)
     got = model.generate(x, max_new_tokens=25, eos_token_id=stops, pad_token_id=11, use_cache=use_cache)
     assert torch.equal(got[:, 5:], expected)
+    tensor = model.generate(x, max_new_tokens=25, eos_token_id=torch.tensor(stops, dtype=torch.int64), pad_token_id=11)
+    assert torch.equal(tensor, got)
     if len(stops) == 1:
         assert (expected == 11).any()
         assert torch.equal(model.generate(x, max_new_tokens=25, eos_token_id=stops[0], pad_token_id=11), got)
@@ -356,9 +414,12 @@ def test_stops_are_looked_for_in_batches_of_steps(every, monkeypatch):
     how = {"attention_mask": None, "max_new_tokens": 25, "pad_token_id": 11, "look_every": every}
     for pick in ([(0, 3), (1, 7), (2, 5)], [(0, 0), (1, 0), (2, 0)], [(0, 24), (1, 24), (2, 24)], [(0, 2)], []):
         stops = [int(plain[b, i]) for b, i in pick]
-        blocks = list(model._generate(x, eos_token_id=stops, **how))
-        assert all(block.shape[1] <= every for block in blocks)
-        assert torch.equal(torch.cat(blocks, 1), stopped(plain, stops, 11))
+        expected = stopped(plain, stops, 11)
+        assert torch.equal(torch.stack(list(model.generate_stream(x, eos_token_id=stops, **how)), 1), expected)
+        assert torch.equal(model.generate(x, eos_token_id=stops, **how)[:, 5:], expected)
+    with _dispatch.record() as choices:
+        for step, _ in enumerate(model.generate_stream(x, **how)):
+            assert choices.count(choices[0]) == min(25, (step // every + 1) * every)
 
 
 def test_stop_and_padding_tokens_of_the_config():
@@ -507,7 +568,15 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"min_new_tokens": -1}, ValueError, "min_new_tokens must be at least 0, got -1"),
     ({"eos_token_id": "a"}, TypeError, "eos_token_id must be an int, got 'a'"),
     ({"eos_token_id": [1, V]}, ValueError, "eos_token_id must be below 97, got 97"),
-    ({"repetition_penalty": 0.0}, ValueError, "repetition_penalty must be positive, got 0.0"),
+    ({"repetition_penalty": 0.0}, ValueError, "repetition_penalty must be positive and finite, got 0.0"),
+    ({"repetition_penalty": float("inf")}, ValueError, "repetition_penalty must be positive and finite, got inf"),
+    ({"max_length": "7"}, TypeError, "max_length must be an int, got '7'"),
+    ({"max_length": 7.0}, TypeError, "max_length must be an int, got 7.0"),
+    ({"look_every": 0}, ValueError, "look_every must be at least 1, got 0"),
+    ({"input_ids": ids(2, 5).to("meta")}, ValueError, "input_ids must be on cpu as the model is, got meta"),
+    ({"past_key_values": None}, TypeError, r"generate_stream\(\) got an unexpected keyword argument 'past_key_values'"),
+    ({"eos_token_id": torch.tensor(1.0)}, TypeError, "eos_token_id must be an int, got 1.0"),
+    ({"seed": torch.tensor([1, 2, 3])}, ValueError, "seed must be an int or one for each of the 2 rows, got 3"),
     ({"seed": -1}, ValueError, "seed must be from 0 to"),
     ({"seed": [1, 2, 3]}, ValueError, "seed must be an int or one for each of the 2 rows, got 3"),
     ({"seed": 1.5, "do_sample": True}, TypeError, "seed must be an int, got 1.5"),
