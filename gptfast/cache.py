@@ -14,6 +14,7 @@ class KVCache:
 
     Args:
         config: the model's. batch_size: B. max_length: S; the model's n_positions if None.
+        n_layer: L, of a model that has more or fewer blocks than its config says.
         dtype, device: the model's.
 
     Attributes:
@@ -28,15 +29,22 @@ class KVCache:
         batch_size: int,
         max_length: int | None = None,
         *,
+        n_layer: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
+        if not hasattr(config, "n_positions"):  # transformers' own config has it too
+            raise TypeError(f"config must be an OpenAIGPTConfig, got {type(config).__name__}")
         S = config.n_positions if max_length is None else max_length
+        for name, n in (("batch_size", batch_size), ("max_length", S)):
+            if not isinstance(n, (int, torch.SymInt)):
+                raise TypeError(f"{name} must be an int, got {n!r}")
         if not 0 < S <= config.n_positions:
             raise ValueError(f"max_length must be from 1 to n_positions = {config.n_positions}, got {max_length}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        shape = (config.n_layer, batch_size, config.n_head, S, config.n_embd // config.n_head)
+        L = config.n_layer if n_layer is None else n_layer
+        shape = (L, batch_size, config.n_head, S, config.n_embd // config.n_head)
         # zeros, not empty: a masked slot is multiplied by 0, and 0 * NaN is NaN
         with torch.inference_mode(False):  # what is made in that mode cannot be written to outside of it
             self.k = torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3)

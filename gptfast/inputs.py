@@ -134,12 +134,11 @@ def key_padding_mask(attention_mask: Tensor | None, shape: torch.Size, held: int
     return None if mask.device.type == "cpu" and _may_read(mask) and bool(mask.all()) else mask
 
 
-def check_head_mask(head_mask: Tensor | None, config: OpenAIGPTConfig, dtype: torch.dtype) -> Tensor | None:
-    """``head_mask`` as [n_layer, H] of ``dtype``."""
+def check_head_mask(head_mask: Tensor | None, L: int, H: int, dtype: torch.dtype) -> Tensor | None:
+    """``head_mask`` as [L, H] of ``dtype``, for L blocks."""
     if head_mask is None:
         return None
     check_tensor("head_mask", head_mask)
-    L, H = config.n_layer, config.n_head
     if head_mask.shape not in ((H,), (L, H)):
         raise ValueError(f"head_mask must be [{H}] or [{L}, {H}], got shape {list(head_mask.shape)}")
     return head_mask.to(dtype).expand(L, H)
@@ -147,6 +146,7 @@ def check_head_mask(head_mask: Tensor | None, config: OpenAIGPTConfig, dtype: to
 
 def check_cache(
     cache: KVCache,
+    blocks: int,
     config: OpenAIGPTConfig,
     shape: torch.Size,
     dtype: torch.dtype,
@@ -155,13 +155,14 @@ def check_cache(
 ) -> int:
     """The positions that ``cache`` holds, 0 where each row's number is its own.
 
-    Raises unless the cache is of this model, of ``dtype``, on ``device``, with room for ids of ``shape`` [..., T].
+    Raises unless the cache is of this model, for its number of ``blocks``, of ``dtype``, on ``device``, with room for
+    ids of ``shape`` [..., T].
     """
     if not isinstance(cache, KVCache):
         raise TypeError(f"past_key_values must be a gptfast.KVCache, got {type(cache).__name__}")
     B, T = math.prod(shape[:-1]), shape[-1]
     L, rows, S, *heads = cache.k.shape
-    ours = [config.n_layer, config.n_head, config.n_embd // config.n_head]
+    ours = [blocks, config.n_head, config.n_embd // config.n_head]
     if [L, *heads] != ours:
         raise ValueError(f"past_key_values must have [layers, heads, head dim] = {ours}, got {[L, *heads]}")
     if rows != B:
@@ -170,7 +171,7 @@ def check_cache(
         raise TypeError(f"past_key_values must be {dtype} as the model's keys are, got {cache.k.dtype}")
     if cache.k.device != device:
         raise ValueError(f"past_key_values must be on {device} as the model is, got {cache.k.device}")
-    _check_seqlens(cache.seqlens, B)
+    _check_seqlens(cache.seqlens, B, device)
     if isinstance(cache.seqlens, Tensor) and not may_be_ragged:
         raise ValueError(
             "past_key_values whose rows differ in length go without attention_mask and output_attentions, "
@@ -184,13 +185,15 @@ def check_cache(
     return held
 
 
-def _check_seqlens(seqlens: int | Tensor, B: int) -> None:
+def _check_seqlens(seqlens: int | Tensor, B: int, device: torch.device) -> None:
     """Raises unless ``seqlens`` are what a KVCache of B rows may hold, as far as one may look."""
     if isinstance(seqlens, Tensor):
         if seqlens.shape != (B,):
             raise ValueError(f"past_key_values.seqlens must be an int or [{B}], got shape {list(seqlens.shape)}")
         if seqlens.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"past_key_values.seqlens must be int32 or int64, got {seqlens.dtype}")
+        if seqlens.device != device:
+            raise ValueError(f"past_key_values.seqlens must be on {device} as the cache is, got {seqlens.device}")
         least = int(seqlens.min()) if _may_read(seqlens) else 0
     elif isinstance(seqlens, (int, torch.SymInt)):
         least = seqlens

@@ -230,15 +230,15 @@ class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
 
         Args:
             input_ids: int32 or int64 [B, T] (or [T], or [B, choices, T]), each in [0, vocab_size).
-            attention_mask: [B, T], 1 for positions to attend to; any dtype. With a cache, [B, cached + T]. It does not
-                change positions. A query that sees no key attends to nothing.
+            attention_mask: [B, T], 1 for positions to attend to; bool, int or float. With a cache, [B, cached + T]. It
+                does not change positions. A query that sees no key attends to nothing.
             token_type_ids: like ``input_ids``, or one row for all; rows of the token table that are added.
             position_ids: [B, T], [1, T] or [T], each in [0, n_positions); counted from the cached length if None. With
                 ``input_ids`` [B, choices, T], B counts every choice here and in ``attention_mask``, or the shape is
                 theirs.
             inputs_embeds: [B, T, C] in place of ``input_ids``.
             output_attentions, output_hidden_states, return_dict: the config's if None.
-            head_mask: [H] or [n_layer, H], factors on each head's attention weights.
+            head_mask: [H] or [blocks, H], factors on each head's attention weights.
             past_key_values: a cache to read and to append to. No gradient flows to what it holds already.
             use_cache: return a cache, made here if none is given; the config's if None.
 
@@ -305,14 +305,15 @@ class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
         output_attentions: bool,
     ) -> AttentionContext:
         """What the blocks share, made of checked arguments."""
-        weight, held = self.tokens_embed.weight, 0
+        weight, blocks, held = self.tokens_embed.weight, len(self.h), 0
         inference = not (self.training or torch.is_grad_enabled())
         if self._recomputes() and (cache is not None or use_cache):
             raise ValueError("use_cache=True and past_key_values cannot go with gradient checkpointing")
-        head_mask = check_head_mask(head_mask, self.config, weight.dtype)
+        head_mask = check_head_mask(head_mask, blocks, self.config.n_head, weight.dtype)
         if cache is not None:
             may_be_ragged = inference and attention_mask is None and not output_attentions
-            held = check_cache(cache, self.config, shape, linear_dtype(weight), weight.device, may_be_ragged)
+            dtype, device = linear_dtype(weight), weight.device
+            held = check_cache(cache, blocks, self.config, shape, dtype, device, may_be_ragged)
         padding = key_padding_mask(attention_mask, shape, held)
         if cache is None and use_cache:
             cache = self.new_cache(math.prod(shape[:-1]))
@@ -324,7 +325,8 @@ class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
     def new_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
         """An empty cache for this model, in the dtype that its keys have: autocast's where that is on."""
         weight = self.tokens_embed.weight
-        return KVCache(self.config, batch_size, max_length, dtype=linear_dtype(weight), device=weight.device)
+        made_for: Any = {"n_layer": len(self.h), "dtype": linear_dtype(weight), "device": weight.device}
+        return KVCache(self.config, batch_size, max_length, **made_for)
 
     def _embed(self, input_ids, inputs_embeds, token_type_ids, position_ids, B, T) -> Tensor:  # [B, T, C]
         dropout_p = self.config.embd_pdrop if self.training else 0.0

@@ -799,11 +799,14 @@ def test_rows_may_be_reordered_and_forgotten():
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"max_length": 0}, ValueError, "max_length must be from 1 to n_positions = 40, got 0"),
         ({"max_length": P + 1}, ValueError, "max_length must be from 1 to n_positions = 40, got 41"),
+        ({"max_length": 4.0}, TypeError, "max_length must be an int, got 4.0"),
+        ({"batch_size": "2"}, TypeError, "batch_size must be an int, got '2'"),
+        ({"config": torch.nn.Linear(1, 1)}, TypeError, "config must be an OpenAIGPTConfig, got Linear"),
     ],
 )
 def test_a_cache_that_cannot_be(settings, error, message):
     with pytest.raises(error, match=message):
-        gptfast.KVCache(make().config, **{"batch_size": 2, **settings})
+        gptfast.KVCache(**{"config": make().config, "batch_size": 2, **settings})
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -815,6 +818,27 @@ def test_a_cache_made_in_inference_mode_goes_on_outside_of_it(grad):
         logits = model(x[:, 4:], past_key_values=cache).logits
         assert_close(logits, model(x).logits[:, 4:])
     assert logits.requires_grad == grad
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("blocks", [0, 2, 5])
+def test_blocks_put_in_or_taken_out(blocks, mode):
+    """Models are cut short, or grown, without a word to the config."""
+    model, x = make(), ids(2, 9)
+    model.transformer.h = torch.nn.ModuleList(make(seed, n_layer=1).transformer.h[0] for seed in range(blocks))
+    with mode():
+        expected = model(x, output_attentions=True, head_mask=torch.full((blocks, 3), 0.5))
+        past = model(x[:, :4], use_cache=True, head_mask=torch.full((blocks, 3), 0.5)).past_key_values
+        got = model(x[:, 4:], past_key_values=past, output_attentions=True, head_mask=torch.full((3,), 0.5))
+    assert (len(past.k), len(got.attentions)) == (blocks, blocks)
+    assert_close(got.logits, expected.logits[:, 4:])
+    text = model.generate(x)
+    assert torch.equal(text, model.generate(x, use_cache=False))
+    assert torch.equal(text[0], by_windows(model, x[0], 20))
+    for refused in ({"past_key_values": cache()}, {"head_mask": torch.ones(3, 3)}):
+        with _dispatch.record() as choices, pytest.raises(ValueError, match=rf"must .*\[{blocks}, 3.*, got .*\[3, 3"):
+            model(x, **refused)
+        assert choices == []
 
 
 def cache(batch_size=2, max_length=None, held=0, dtype=torch.float32, device="cpu", **settings):
@@ -837,6 +861,7 @@ def cache(batch_size=2, max_length=None, held=0, dtype=torch.float32, device="cp
         ({"past_key_values": cache(held=-1)}, ValueError, "past_key_values.seqlens must be at least 0, got -1"),
         ({"past_key_values": cache(held=[3, 3])}, TypeError, "past_key_values.seqlens must be an int or a tensor, got"),
         ({"past_key_values": cache(held=torch.tensor(3))}, ValueError, r"seqlens must be an int or \[2\], got"),
+        ({"past_key_values": cache(held=torch.ones(2).long().to("meta"))}, ValueError, "seqlens must be on cpu as the"),
         ({"past_key_values": cache(held=torch.tensor([3, -1]))}, ValueError, "seqlens must be at least 0, got -1"),
         ({"past_key_values": cache(held=torch.ones(2))}, TypeError, "seqlens must be int32 or int64, got"),
         ({"past_key_values": ()}, TypeError, "past_key_values must be a gptfast.KVCache, got tuple"),
