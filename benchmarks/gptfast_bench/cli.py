@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -38,7 +39,8 @@ def run(args: argparse.Namespace) -> None:
     resume = output / suite.REPORT if args.resume is True else Path(args.resume) if args.resume else None
     if resume is None and (output / suite.REPORT).exists():
         print(f"{output / suite.REPORT} is overwritten; --resume would go on with it", file=sys.stderr)
-    options = {"profile": args.profile, "budget": args.seconds or profile.budget, "resume": resume}
+    options = {"profile": args.profile, "command": command(args), "resume": resume}
+    options |= {"budget": args.seconds or profile.budget}
     try:
         found = suite.run(cells, settings, output, **options, progress=not args.no_progress)
     finally:
@@ -53,6 +55,14 @@ def run(args: argparse.Namespace) -> None:
         print("\n" + ", ".join(str(output / name) for name in (suite.REPORT, "bench.csv", "bench.html")))
     if found.content["left"]:
         print(f"{len(found.content['left'])} cells are left, for time is up: --resume goes on", file=sys.stderr)
+
+
+def command(args: argparse.Namespace) -> str:
+    """The command line that measures the same, however this one was started; where its files go is left out."""
+    words = ["gptfast", "bench", "--profile", args.profile, "--device", args.device]
+    for name in ("op", "mode", "dtype", "baseline"):
+        words += [word for value in getattr(args, name) for word in (f"--{name}", value)]
+    return shlex.join(words)
 
 
 def pages(output: Path) -> None:

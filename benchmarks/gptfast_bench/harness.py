@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
+from gptfast.training.report import peak_flops
+
 ROOT = Path(__file__).parents[2]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What a provider may be off from float64, a few times what PyTorch's own ops are: see `error_of`
@@ -121,6 +123,7 @@ class Task:
         moved: bytes that any implementation must read and write.
         flops: operations that any implementation must do.
         tokens: what a call makes or reads, for tokens a second.
+        wait_every: calls that a GPU is given before one waits for it, which is timed then; 0: its kernels are, alone.
     """
 
     providers: dict[str, Callable[[], Contender]]
@@ -128,6 +131,7 @@ class Task:
     moved: float = 0
     flops: float = 0
     tokens: int = 0
+    wait_every: int = 0
 
 
 def is_ours(provider: str) -> bool:
@@ -179,17 +183,23 @@ def time_in_turn(
     rounds: int = 30,
     seconds: float = math.inf,
     least: int = 5,
-    beat: Callable[[], None] = lambda: None,
+    wait_every: int = 0,
+    turn_of: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[float]]:
     """{name: milliseconds of a call, one a round}: one after another, each round starting with another one.
 
-    Stops after ``rounds``, or after ``least`` once ``seconds`` are over. On a GPU events stand around the call, behind
-    a write of 1 GiB, which flushes the L2 cache and takes the GPU longer than Python takes to launch the call: so what
-    is timed is the kernels. On a CPU a call that takes less than a millisecond is repeated until it does.
+    Stops after ``rounds``, or after ``least`` once ``seconds`` are over. ``turn_of`` hears each name before its turn.
+
+    On a GPU 1 GiB is written first, which flushes the L2 cache. With ``wait_every`` the host's clock then runs over so
+    many calls until the GPU is done: launches and all. Without, events stand around one call, which Python has launched
+    before the GPU is done writing: the kernels alone. On a CPU a call below a millisecond is repeated until it is not.
     """
     clock = _host_ms
     if torch.device(device).type == "cuda":
-        clock = functools.partial(_device_ms, flush=torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device))
+        flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+        clock = functools.partial(_device_ms, flush=flush)
+        if wait_every:
+            clock = functools.partial(_waited_ms, flush=flush, calls=wait_every)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names, started = list(calls), time.perf_counter()
     for index in range(rounds):
@@ -197,8 +207,8 @@ def time_in_turn(
             break
         turn = index % len(names) if names else 0
         for name in names[turn:] + names[:turn]:
+            turn_of(name)
             samples[name].append(clock(calls[name]))
-            beat()
     return samples
 
 
@@ -223,6 +233,16 @@ def _device_ms(call: Callable[[], Any], flush: Tensor) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
+
+
+def _waited_ms(call: Callable[[], Any], flush: Tensor, calls: int) -> float:
+    flush.zero_()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(calls):
+        call()
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - started) / calls
 
 
 def noise_of(samples: Sequence[float]) -> float | None:
@@ -260,7 +280,7 @@ def run_cell(
 
     Args:
         skip: providers to leave out, which have ended the process before.
-        tell: hears {"provider"} before each one's first call, which may end the process, and {"beat"} now and then.
+        tell: hears {"provider"} before every call of one, which may end the process.
     """
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # it keeps few variants of a function, and other cells have compiled theirs
@@ -292,7 +312,7 @@ def _run_cell(cell: Cell, settings: Settings, skip: Iterable[str], tell: Callabl
 
         def first_call(name: str = name, row: Row = row) -> tuple[Contender, Sequence[Tensor]]:
             if any(part in name for part in cell.without):
-                raise Unavailable("left out, for it takes this profile too long: --profile full has it")
+                raise Unavailable("left out: it takes this profile too long")
             contender = task.providers[name]()
             started = time.perf_counter()
             out = (contender.results or contender.run)()
@@ -318,21 +338,21 @@ def _run_cell(cell: Cell, settings: Settings, skip: Iterable[str], tell: Callabl
             contenders[name] = contender
     expected.clear()
 
-    tell({"provider": None})
     for name, contender in list(contenders.items()):
+        tell({"provider": name})
         if contender.metrics is not None:
             rows[name] |= contender.metrics()
             del contenders[name]
-            tell({"beat": name})
-    for name, contender in contenders.items():
-        rows[name]["peak_mib"] = _peak_mib(contender.run, settings.device)
+        else:
+            rows[name]["peak_mib"] = _peak_mib(contender.run, settings.device)
     samples = time_in_turn(
         {name: contender.run for name, contender in contenders.items()},
         settings.device,
         rounds=settings.rounds,
         seconds=settings.seconds,
         least=settings.least,
-        beat=lambda: tell({"beat": cell.key}),
+        wait_every=task.wait_every,
+        turn_of=lambda name: tell({"provider": name}),
     )
     for name, taken in samples.items():
         contender = contenders[name]
@@ -406,11 +426,15 @@ def _synchronize(device: str) -> None:
 
 @dataclass(frozen=True)
 class Limits:
-    """What this machine can do at most, measured: GB/s of memory, TFLOP/s of matmuls by dtype."""
+    """What this machine can do at most: GB/s of memory and TFLOP/s of matmuls by dtype, measured.
+
+    ``peak_tflop_s`` is what the vendor's data sheet says of a GPU's, where it is known.
+    """
 
     copy_gb_s: float
     read_gb_s: float
     matmul_tflop_s: dict[str, float] = field(default_factory=dict)
+    peak_tflop_s: dict[str, float] = field(default_factory=dict)
 
     @property
     def gb_s(self) -> float:
@@ -431,8 +455,11 @@ class Limits:
         return floors[bound] / row["ms"], bound
 
     def flop_share(self, row: Row) -> float | None:
-        """Model FLOPs utilization: the operations that must be done, at the measured matmul rate, over the time."""
-        rate = self.matmul_tflop_s.get(row.get("computes_in", ""))
+        """Model FLOPs utilization: the operations that must be done over the time, as a share of the data sheet's rate.
+
+        Of the measured rate on a CPU, which has none.
+        """
+        rate = (self.peak_tflop_s or self.matmul_tflop_s).get(row.get("computes_in", ""))
         return row["tflop_s"] / rate if rate and row.get("tflop_s") else None
 
 
@@ -454,10 +481,12 @@ def measure_limits(device: str, dtypes: Iterable[str], seconds: float = 1.0) -> 
             call()
         taken = clock(calls)
         rates[name] = max(2 * int(side) ** 3 / statistics.median(ms) / 1e9 for side, ms in taken.items())
+    peaks = {name: peak_flops(torch.device(device), DTYPES[name]) for name in rates if cuda and name != "float16"}
     return Limits(
         copy_gb_s=2 * size / statistics.median(memory["copy"]) / 1e6,
         read_gb_s=size / statistics.median(memory["read"]) / 1e6,
         matmul_tflop_s=rates,
+        peak_tflop_s={name: peak / 1e12 for name, peak in peaks.items() if peak},
     )
 
 
@@ -480,7 +509,7 @@ def environment(device: str, threads: int) -> Row:
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "multiprocessors": properties.multi_processor_count,
             "cuda": torch.version.cuda or torch.version.hip,
-            "driver": _nvidia_smi("driver_version"),
+            **_nvidia_smi(device, driver="driver_version"),
         }
     else:
         row |= {"threads": threads, "cores": os.cpu_count(), "simd": torch.backends.cpu.get_cpu_capability()}
@@ -502,19 +531,23 @@ def device_name(device: str) -> str:
 def state(device: str) -> Row:
     """What drifts: clocks, temperature, load. Taken before and after."""
     if torch.device(device).type == "cuda":
-        names = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
-        return {name: _nvidia_smi(name) for name in names}
+        clocks = {"sm_clock": "clocks.sm", "memory_clock": "clocks.mem"}
+        return _nvidia_smi(device, **clocks, temperature="temperature.gpu", power="power.draw")
     clocks = [float(line.split(":")[1]) for line in _read("/proc/cpuinfo").splitlines() if line.startswith("cpu MHz")]
     load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     return {"cpu_mhz": round(statistics.fmean(clocks)) if clocks else None, "load_1_min": load}
 
 
-def _nvidia_smi(what: str) -> str | None:
+def _nvidia_smi(device: str, **fields: str) -> Row:
+    """Each field by the name it is given; None where nvidia-smi is not there or does not answer."""
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader"]
     try:
-        command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader", f"--id={torch.cuda.current_device()}"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(
+            [*query, f"--id={torch.device(device).index or 0}"], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return dict.fromkeys(fields)
+    return dict(zip(fields, map(str.strip, done.stdout.split(",")), strict=True))
 
 
 def _version(distribution: str) -> str | None:
@@ -525,7 +558,9 @@ def _version(distribution: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, "+" behind it where files that are timed differ; None outside a checkout."""
+    """The checkout's commit, "+" behind it where files that are timed differ; $GPTFAST_COMMIT says a copy's."""
+    if "GPTFAST_COMMIT" in os.environ:
+        return os.environ["GPTFAST_COMMIT"]
     try:
         git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True)
         if Path(git(["git", "rev-parse", "--show-toplevel"]).stdout.strip()).resolve() != ROOT.resolve():

@@ -1,6 +1,7 @@
 """GPT-1 whole, of one set of random weights: transformers, the model one would write by hand, and ours.
 
     forward      ids -> last hidden state, without logits
+    autotuned    the same beside the rivals under torch.compile(mode="max-autotune"), which compile for minutes
     loss         ids and labels -> loss, no gradients
     train        loss and its gradients; timed with GPT-1's dropout, checked without
     prefill      a prompt -> the logits behind its last token, and the cache that decoding goes on from
@@ -10,7 +11,9 @@
     launch       host microseconds of a forward pass with nothing to compute
     parts        where a forward pass spends its time, by torch's profiler
     memory       what a call takes above what was held; on a CPU in a process of its own, by the kernel's account
-    start        import, first call and steady state of a fresh process
+    start        import, first call and steady state of a fresh process; on a GPU its first call with warm caches too
+
+On a GPU a model is timed as its caller waits for it, launches and all; decoding waits once in ``STEPS`` tokens.
 
 FLOPs of a position: 24 C^2 a layer, 4 C a layer and visible key, 2 V C where its logits are made. Bytes: the weights
 once, the cache once.
@@ -31,6 +34,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gptfast
 from gptfast import OpenAIGPTConfig, OpenAIGPTLMHeadModel
@@ -47,12 +52,14 @@ SIZES: dict[str, dict[str, Any]] = {
 # What coarser weights may be off in the last hidden state or the logits, some times what they were seen to be
 COARSE = 6e-2
 ALONE_SECONDS = 300
+STEPS = 32  # of decoding, one behind another
+NO_GRAPH = ("train", "memory", "first token", "generate")  # ``generate`` replays graphs by itself, and memory is theirs
 PARTS = {  # of a profile, the first pattern that an operator's or a kernel's name holds
     "matmul": r"gemm|addb?mm|linear|aten::mm|aten::bmm|matmul|nvjet|cutlass(?!.*fmha)|cublas|embedding_bag",
     "attention": r"attention|flash|fmha|softmax|attn",
     "LayerNorm": r"norm",
-    "GELU": r"gelu|tanh|aten::pow",
-    "embedding": r"embedding|index_select|gather",
+    "GELU": r"gelu|tanh|aten::pow|pow_tensor",
+    "embedding": r"embedding|index_?select|gather",
     "copies, masks, additions": r"copy|contiguous|clone|cat|where|fill|add|mul|div|sub|elementwise|split|permute",
 }
 
@@ -73,6 +80,8 @@ def _about(mode: str, shape: dict[str, Any]) -> float:
     if shape["size"] != "gpt1":
         return 2.0
     tokens = shape["B"] * (shape["T"] + shape.get("S", 0))
+    if mode == "autotuned":
+        return 300.0
     if mode == "generate":
         return 450.0 * shape["new"] / 448
     if mode in ("memory", "start"):
@@ -107,8 +116,8 @@ def _built(name: str, size: str, dtype: torch.dtype, device: str) -> Any:
         theirs: Any = Model(Config(**SIZES[size]))
         theirs.load_state_dict({k: v.to(dtype) for k, v in source.state_dict().items()}, assign=True)
         theirs.tie_weights()
-        return theirs.to(device)
-    if name == "hand-made":
+        return theirs.to(device, dtype)  # its mask is a buffer: in float32 it would make the scores so
+    if name in ("hand-made", "hand-made cuDNN"):
         return HandMade(_built("gptfast", size, dtype, device))
     if name == "gptfast" and dtype == torch.float32:
         return source
@@ -231,6 +240,7 @@ def work(size: str, B: int, T: int, held: int = 0, logits: int = 0) -> tuple[flo
 def task(cell: Cell, settings: Settings) -> Task:
     modes: dict[str, Callable[[Cell, Settings], Task]] = {
         "forward": _forward,
+        "autotuned": _forward,
         "loss": _loss,
         "train": _train,
         "prefill": _prefill,
@@ -265,12 +275,13 @@ def _contenders(
 
     Args:
         theirs, hand_made, ours: how each model is run.
-        captured: how ours is run as a CUDA graph; None: what is run without is captured here.
+        captured: how ours is run as a CUDA graph, as the hand-made model's are; None: what is run without is captured.
         compiles: why torch.compile cannot serve; "" where it can.
         judge: what of an output the gate sees.
         read: numbers read from memory, in each provider's own dtype.
     """
-    makes = {"transformers": theirs, "hand-made": hand_made, "gptfast": ours, "packed": ours, "int8": ours}
+    makes = {"transformers": theirs, "hand-made": hand_made, "hand-made cuDNN": hand_made}
+    makes |= dict.fromkeys(("gptfast", "packed", "int8"), ours)
     on_cpu = torch.device(settings.device).type == "cpu"
 
     def contender(name: str, mode: str | None = None, dtype: str = cell.dtype) -> Contender:
@@ -280,13 +291,13 @@ def _contenders(
             if compiles:
                 raise Unavailable(compiles)
             wrap = functools.partial(torch.compile, dynamic=False, mode=mode)
-        if mode == "CUDA graph" and captured is not None:
+        if mode == "CUDA graph" and name == "gptfast" and captured is not None:
             return Contender(
                 _without_gradients(captured(model, wrap)), judge=judge, moved=read * DTYPES[dtype].itemsize
             )
         made = makes[name](model, wrap)
         if not isinstance(made, Contender):
-            run = _without_gradients(made)
+            run = _without_gradients(_with_cudnn(made) if "cuDNN" in name else made)
             made = Contender(capture(run) if mode == "CUDA graph" else run)
         coarse = "int8" if name == "int8" else dtype
         return dataclasses.replace(
@@ -300,16 +311,28 @@ def _contenders(
     table: dict[str, Callable[[], Contender]] = {}
     for name, shown in (("transformers", "transformers"), ("hand-made", "hand-made SDPA"), ("gptfast", "gptfast")):
         table[shown] = functools.partial(contender, name)
-        table[f"{shown} torch.compile"] = functools.partial(contender, name, "default")
-        if not on_cpu:
-            table[f"{shown} torch.compile max-autotune"] = functools.partial(contender, name, "max-autotune")
-    if not on_cpu and cell.mode != "train":
-        table["gptfast CUDA graph"] = functools.partial(contender, "gptfast", "CUDA graph")
+        if cell.mode != "autotuned":
+            table[f"{shown} torch.compile"] = functools.partial(contender, name, "default")
+        if not on_cpu and name != "transformers" and cell.mode not in NO_GRAPH:
+            table[f"{shown} CUDA graph"] = functools.partial(contender, name, "CUDA graph")
+    if cell.mode == "autotuned":
+        for name in ("hand-made cuDNN", "transformers"):
+            table[f"{name} torch.compile max-autotune"] = functools.partial(contender, name, "max-autotune")
     if on_cpu and cell.dtype == "float32" and cell.mode != "train":
         table["gptfast packed"] = functools.partial(contender, "packed")
         table["gptfast bfloat16"] = functools.partial(contender, "gptfast", None, "bfloat16")
         table["gptfast int8"] = functools.partial(contender, "int8")
     return table
+
+
+def _with_cudnn(call: Callable[[], Any]) -> Callable[[], Any]:
+    """SDPA's other backends are out, at the first call, which compiles, too: where cuDNN refuses, so does this."""
+
+    def run() -> Any:
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+            return call()
+
+    return run
 
 
 def _without_gradients(call: Callable[[], Any]) -> Callable[[], Any]:
@@ -339,7 +362,7 @@ def _forward(cell: Cell, settings: Settings) -> Task:
         judge=lambda hidden: [hidden[rows]],
         read=read,
     )
-    return Task(providers, lambda: [exact_hidden(size, ids[rows])], flops=flops, tokens=B * T)
+    return Task(providers, lambda: [exact_hidden(size, ids[rows])], flops=flops, tokens=B * T, wait_every=1)
 
 
 def _captured(fast: Callable[[Tensor], Any], ids: Tensor) -> Callable[[], Tensor]:
@@ -358,7 +381,7 @@ def _loss(cell: Cell, settings: Settings) -> Task:
         lambda model, wrap: wrap(lambda: model(ids, labels=ids, use_cache=False).loss),
         read=read,
     )
-    return Task(providers, lambda: exact_loss(size, ids), flops=flops, tokens=B * T)
+    return Task(providers, lambda: exact_loss(size, ids), flops=flops, tokens=B * T, wait_every=1)
 
 
 def _train(cell: Cell, settings: Settings) -> Task:
@@ -392,7 +415,8 @@ def _train(cell: Cell, settings: Settings) -> Task:
         step(lambda model: model(ids, labels=ids, use_cache=False).loss),
         judge=list,
     )
-    return Task(providers, lambda: exact_loss(size, ids, gradients=True), flops=3 * flops, tokens=B * T)
+    exact = functools.partial(exact_loss, size, ids, gradients=True)
+    return Task(providers, exact, flops=3 * flops, tokens=B * T, wait_every=1)
 
 
 def _prefill(cell: Cell, settings: Settings) -> Task:
@@ -421,7 +445,7 @@ def _prefill(cell: Cell, settings: Settings) -> Task:
         ours,
         read=read,
     )
-    return Task(providers, lambda: [exact_logits(size, ids, 1)[:, -1]], flops=flops, tokens=B * T)
+    return Task(providers, lambda: [exact_logits(size, ids, 1)[:, -1]], flops=flops, tokens=B * T, wait_every=1)
 
 
 def _decode(cell: Cell, settings: Settings) -> Task:
@@ -455,18 +479,20 @@ def _decode(cell: Cell, settings: Settings) -> Task:
         ours,
         read=read,
     )
-    return Task(providers, lambda: [exact_logits(size, ids, 1)[:, -1]], flops=flops, tokens=B)
+    exact = functools.partial(exact_logits, size, ids, 1)
+    return Task(providers, lambda: [exact()[:, -1]], flops=flops, tokens=B, wait_every=STEPS)
 
 
 def _generate(cell: Cell, settings: Settings) -> Task:
     size, B, T = (cell.shape[name] for name in ("size", "B", "T"))
     new = cell.shape.get("new", 1)
-    ids = random_ids(cell.shape, settings.device, T)
+    ids, rows = random_ids(cell.shape, settings.device, T), sorted({0, B - 1})
     steps = [work(size, B, T, logits=1), *(work(size, B, 1, held=held, logits=1) for held in range(T, T + new - 1))]
     flops, read = map(sum, zip(*steps, strict=True))
 
     def likelihood(made: Tensor) -> Sequence[Tensor]:
         """Each token's logit over the highest there, in float64: 1 where it is the likeliest."""
+        made = made[rows]
         logits = exact_logits(size, made[:, :-1], new)
         return [logits.gather(-1, made[:, T:, None])[..., 0] / logits.amax(-1)]
 
@@ -484,8 +510,8 @@ def _generate(cell: Cell, settings: Settings) -> Task:
         judge=likelihood,
         read=read,
     )
-    exact = [torch.ones(B, new, device=settings.device)]
-    return Task(providers, lambda: exact, flops=flops, tokens=B * new)
+    exact = [torch.ones(len(rows), new, device=settings.device)]
+    return Task(providers, lambda: exact, flops=flops, tokens=B * new, wait_every=1)
 
 
 def _launch(cell: Cell, settings: Settings) -> Task:
@@ -510,15 +536,20 @@ def _measured(make: Callable[[], Contender], metrics: Callable[[Callable[[], Any
 
 def _profile(run: Callable[[], Any], calls: int = 3) -> dict[str, Any]:
     """{"parts": {part: ms a call}}, time in a kernel or an operator itself, and the "part" that holds the rest."""
+    cuda = torch.cuda.is_initialized()
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_initialized():
+    if cuda:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         for _ in range(calls):
             run()
+        if cuda:
+            torch.cuda.synchronize()
     parts = dict.fromkeys([*PARTS, "other"], 0.0)
     for event in profile.key_averages():
-        us = event.self_device_time_total if torch.cuda.is_initialized() else event.self_cpu_time_total
+        if cuda and (event.device_type == DeviceType.CPU or event.is_user_annotation):
+            continue  # an operator's device time is that of its kernels, which are events of their own
+        us = event.self_device_time_total if cuda else event.self_cpu_time_total
         part = next((part for part, pattern in PARTS.items() if re.search(pattern, event.key.lower())), "other")
         parts[part] += us / 1e3 / calls
     return {"parts": parts}
@@ -558,16 +589,24 @@ def _alone(cell: Cell, settings: Settings) -> Task:
 
 def _ask_alone(cell: Cell, settings: Settings, provider: str) -> dict[str, Any]:
     what = dataclasses.asdict(cell) | {"provider": provider, "device": settings.device, "threads": settings.threads}
-    with tempfile.TemporaryDirectory() as cache:  # of torch.compile: another process may have filled the usual one
+    command = [sys.executable, "-m", f"{__package__}.alone", json.dumps(what)]
+    with tempfile.TemporaryDirectory() as caches:  # of compiled code: another process may have filled the usual ones
         environ = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
-            "TORCHINDUCTOR_CACHE_DIR": cache,
+            "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor",
+            "TRITON_CACHE_DIR": f"{caches}/triton",
         }
-        command = [sys.executable, "-m", f"{__package__}.alone", json.dumps(what)]
-        started = time.perf_counter()
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=ALONE_SECONDS)
-        process_ms = 1e3 * (time.perf_counter() - started)
-    if done.returncode:
-        raise RuntimeError(f"exit code {done.returncode}: {''.join(done.stderr.strip().splitlines()[-1:])}")
-    return json.loads(done.stdout.splitlines()[-1]) | {"process_ms": process_ms}
+
+        def once() -> dict[str, Any]:
+            started = time.perf_counter()
+            done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=ALONE_SECONDS)
+            process_ms = 1e3 * (time.perf_counter() - started)
+            if done.returncode:
+                raise RuntimeError(f"exit code {done.returncode}: {''.join(done.stderr.strip().splitlines()[-1:])}")
+            return json.loads(done.stdout.splitlines()[-1]) | {"process_ms": process_ms}
+
+        found = once()
+        if cell.mode == "start" and torch.device(settings.device).type == "cuda":
+            found["warm_call_ms"] = once()["cold_call_ms"]
+    return found

@@ -124,7 +124,8 @@ def _notes(row: Row) -> str:
         notes.append(
             f"import {row['import_ms'] + row['torch_import_ms']:,.0f} ms, of it torch {row['torch_import_ms']:,.0f}"
         )
-        notes.append(f"first call {row['cold_call_ms']:,.0f} ms")
+        warm = f", {row['warm_call_ms']:,.0f} with warm caches" if "warm_call_ms" in row else ""
+        notes.append(f"first call {row['cold_call_ms']:,.0f} ms{warm}")
     elif row["first_call_ms"] > 10 * row.get("ms", math.inf) and row["first_call_ms"] > 1000:
         notes.append(f"first call {row['first_call_ms'] / 1e3:.1f} s")
     if row["mode"] == "memory":

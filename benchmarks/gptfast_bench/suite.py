@@ -1,16 +1,16 @@
 """Which cells a run has, and the process that keeps what another one measures.
 
-The measuring process may crash or hang: that costs the provider that was under way its row, which says so, and a fresh
-process goes on. The report is written anew behind every cell, so a run that is cut off keeps what it has, and
-``--resume`` goes on behind it.
+The measuring process may crash or hang: that costs the provider whose call was under way its row, which says so, and a
+fresh process measures the cell again without it. The report is written anew behind every cell, so a run that is cut off
+keeps what it has, and ``--resume`` goes on behind it.
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import queue
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -37,7 +37,8 @@ OPS = {
     "activation": activation,
     "embeddings": embeddings,
 }
-COMPILED_RIVALS = ("hand-made SDPA torch.compile", "gptfast torch.compile", "max-autotune")
+COMPILED_RIVALS = ("hand-made SDPA torch.compile", "gptfast torch.compile")
+COMPILED = ("torch.compile",)
 SILENCE = {"cpu": 900.0, "cuda": 300.0}  # seconds without a sign of life that end a process: compilation, a slow round
 
 
@@ -60,7 +61,7 @@ class Profile:
 
 
 def profiles(cuda: bool) -> dict[str, Profile]:
-    return {"quick": _quick(cuda), "full": _full(cuda), "inference": _inference(), "smoke": _smoke()}
+    return {"quick": _quick(cuda), "full": _full(cuda), "inference": _inference(cuda), "smoke": _smoke()}
 
 
 def _quick(cuda: bool) -> Profile:
@@ -70,14 +71,14 @@ def _quick(cuda: bool) -> Profile:
         scale = Scale(dtype, B, (T,), ("forward",))
         return [dataclasses.replace(cell, without=without) for op in OPS.values() for cell in op.cells(scale)]
 
-    compiled = ("torch.compile",)
+    forward: Shapes = {"forward": [(64, 512) if cuda else (1, 128)]}
     cells = [
-        *model.cells(dtype, {"forward": [(64, 512) if cuda else (1, 128)]}, without=COMPILED_RIVALS),
-        *model.cells(dtype, {"decode": [(1, 1, 256)], "parts": [(1, 512)]}, without=compiled),
+        *model.cells(dtype, forward, without=COMPILED if cuda else COMPILED_RIVALS),
+        *model.cells(dtype, {"decode": [(1, 1, 256)], "parts": [(1, 512)]}, without=COMPILED),
         *ops(512, without=("max-autotune",)),
-        *model.cells(dtype, {"launch": [(1, 1)]}, "thin", without=compiled),
-        *ops(128, without=compiled),
-        *model.cells(dtype, {"start": [(1, 64)]}, without=compiled),
+        *model.cells(dtype, {"launch": [(1, 1)]}, "thin", without=COMPILED),
+        *ops(128, without=COMPILED),
+        *model.cells(dtype, {"start": [(1, 64)]}, without=COMPILED),
     ]
     return Profile("two minutes: the model at one shape, every op at two", cells, 15, 1.0, 3, budget=105.0)
 
@@ -86,15 +87,11 @@ def _full(cuda: bool) -> Profile:
     dtype, B = ("bfloat16", 64) if cuda else ("float32", 4)
     lengths = (512, 128, 1024, 2048, 4096, 8192, 16384, 256) if cuda else (512, 128, 32, 256, 1024)
     wide: Shapes = {
-        "forward": [(1, 128), (1, 512), (8, 512), (1, 1), (1, 32), (1, 64), (1, 256)],
-        "decode": [(1, 1, 256), (64, 1, 256), (1, 1, 511)],
-        "train": [(64, 512), (8, 512)],
-        "generate": [(1, 32, 448)],
-        "first token": [(1, 128)],
-        "prefill": [(1, 512)],
         "parts": [(64, 512), (1, 128)],
+        "forward": [(1, 512), (8, 512), (1, 1), (1, 32), (1, 64), (1, 256)],
+        "decode": [(1, 1, 511)],
+        "prefill": [(1, 512)],
         "memory": [(64, 128), (64, 256), (64, 512)],
-        "start": [(1, 64)],
     }
     narrow: Shapes = {
         "forward": [(1, 512), (1, 128), (1, 1), (1, 32), (1, 256)],
@@ -110,20 +107,34 @@ def _full(cuda: bool) -> Profile:
     by_op = [list(op.cells(scale)) for op, scale in zip(OPS.values(), ops, strict=True)]
     firsts = [cell for cells in by_op for cell in cells[:2]]
     rest = [cell for cells in by_op for cell in cells[2:]]
-    # the two compilations that take minutes are for the shape that the claim is about
-    claim = model.cells(dtype, {"forward": [(64, 512)]}, without=("gptfast torch.compile max-autotune",))
-    whole = [*claim] if cuda else []
-    whole += model.cells(dtype, wide if cuda else narrow, without=("max-autotune",))
-    launches = [
-        *model.cells(dtype, {"launch": [(1, 1)]}, "thin"),
-        *(cell for op in OPS.values() for cell in op.cells(Scale(dtype, 1, (1,), ("launch",)))),
-    ]
-    cells = [*whole[:2], *firsts, *whole[2:], *launches, *rest]
+    launches = [cell for op in OPS.values() for cell in op.cells(Scale(dtype, 1, (1,), ("launch",)))]
+    if cuda:
+        train = model.cells(dtype, {"train": [(64, 512), (8, 512)]})
+        cells = [*_claims(), *firsts, *train, *model.cells(dtype, wide, without=COMPILED), *launches, *rest]
+    else:
+        whole = list(model.cells(dtype, narrow))
+        cells = [*whole[:2], *firsts, *whole[2:], *model.cells(dtype, {"launch": [(1, 1)]}, "thin"), *launches, *rest]
     return Profile("ten minutes: every op and mode, over lengths", cells, 30, 4.0 if not cuda else 2.0, 5, budget=570.0)
 
 
-def _inference() -> Profile:
-    """The README's table of a CPU: what the model is for, at full size, with every rival."""
+def _claims() -> list[Cell]:
+    """What is claimed of a GPU: first what needs no compilation, three minutes of it, then the rivals that do."""
+    cells = functools.partial(model.cells, "bfloat16")
+    steps: Shapes = {"decode": [(1, 1, 256), (64, 1, 256)], "first token": [(1, 128)]}
+    return [
+        *cells({"forward": [(64, 512), (1, 128)], **steps}, without=COMPILED),
+        *cells({"launch": [(1, 1)]}, "thin", without=COMPILED),
+        *cells({"generate": [(1, 32, 448)]}),
+        *cells({"generate": [(64, 32, 448)]}, without=("transformers",)),
+        *cells({"start": [(1, 64)]}, without=(*COMPILED, "hand-made")),
+        *cells({"autotuned": [(64, 512), (1, 128)]}),
+    ]
+
+
+def _inference(cuda: bool) -> Profile:
+    """The README's tables: what the model is for, at full size, with every rival that finishes."""
+    if cuda:
+        return Profile("ten minutes: the README's table of inference on a GPU", _claims(), 30, 2.0, 3)
     shapes: Shapes = {
         "forward": [(1, 1), (1, 64), (1, 512), (8, 512)],
         "memory": [(8, 512)],
@@ -225,9 +236,13 @@ def key_of(row: Row) -> str:
 
 def _highest(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     """The limits of a machine measured twice: what it did once, it can do."""
-    rates = a["matmul_tflop_s"], b["matmul_tflop_s"]
-    best = {dtype: max(rate.get(dtype, 0.0) for rate in rates) for dtype in {**rates[0], **rates[1]}}
-    return {name: max(a[name], b[name]) for name in ("copy_gb_s", "read_gb_s")} | {"matmul_tflop_s": best}
+
+    def highest(name: str) -> dict[str, float]:
+        rates = a.get(name, {}), b.get(name, {})
+        return {dtype: max(rate.get(dtype, 0.0) for rate in rates) for dtype in {**rates[0], **rates[1]}}
+
+    both = {name: highest(name) for name in ("matmul_tflop_s", "peak_tflop_s")}
+    return both | {name: max(a[name], b[name]) for name in ("copy_gb_s", "read_gb_s")}
 
 
 # What must be the same for rows to stand in one report
@@ -240,6 +255,7 @@ def run(
     output: Path,
     *,
     profile: str,
+    command: str = "",
     budget: float | None = None,
     resume: Path | None = None,
     progress: bool = True,
@@ -247,12 +263,12 @@ def run(
     """Measures the cells and returns the report, which ``output`` holds as ``bench.json`` from the first cell on.
 
     Args:
+        command: what measures the same, for the report's readers.
         budget: seconds behind which no further cell is started; those left are listed in the report as "left".
         resume: a report whose cells are not measured again; another device, version or commit is a ValueError.
     """
     started = time.monotonic()
     before = Report.read(resume).content if resume is not None else None
-    command = "gptfast bench " + shlex.join(sys.argv[2:] if "bench" in sys.argv[1:2] else [f"--profile={profile}"])
     dtypes = {cell.dtype for cell in cells}
     if settings.device == "cpu" and any(cell.op == "model" for cell in cells):
         dtypes.add("bfloat16")  # a row beside float32's there
@@ -334,10 +350,10 @@ class _Worker:
             for event in self._listen():
                 if "rows" in event:
                     return [*event["rows"], *lost.values()]
-                under_way = event.get("provider", under_way) if "provider" in event else under_way
+                under_way = event["provider"]
             reason = self._last_words()
             row = {"op": cell.op, "mode": cell.mode, "dtype": cell.dtype, "shape": dict(cell.shape)}
-            if under_way is None or under_way in lost:  # while all were timed in turn, or before the first
+            if under_way is None or under_way in lost:  # before the first one's call
                 name = under_way or "all"
                 return [
                     *lost.values(),

@@ -2,7 +2,7 @@
 
     {"settings": …}                       first line in
     {"cell": …, "skip": […]}              then one a cell
-    {"provider": …}, {"beat": …}          out: what is under way, so that a crash or a hang can be laid to one provider
+    {"provider": …}                       out: whose call is under way, so that a crash or a hang is laid to that one
     {"rows": […]}                         out: one a cell
 
 What it writes on standard output is for its parent alone: libraries that print are sent to standard error.
