@@ -9,6 +9,7 @@ from .attention import flash_attention, flash_attention_qkvpacked, flash_attenti
 from .decode import flash_attention_with_kvcache
 from .embeddings import embedding
 from .loss import linear_cross_entropy
+from .matvec import gemv
 from .normalization import layer_norm
 from .projection import linear_gelu
 
@@ -19,6 +20,7 @@ __all__ = [
     "flash_attention_varlen",
     "flash_attention_with_kvcache",
     "gelu",
+    "gemv",
     "get_default_backend",
     "layer_norm",
     "linear_cross_entropy",
