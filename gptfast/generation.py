@@ -134,12 +134,14 @@ class Decoder:
         self.uniforms = zeros(B, N, dtype=torch.float64) if how.do_sample else None
         self.seen = None if how.repetition_penalty is None else zeros(B, V, dtype=torch.bool)  # tokens a row holds
         self.stops = zeros(V, dtype=torch.bool)
-        self.stops[list(how.stops)] = True
+        for stop in how.stops:
+            self.stops[stop] = True
 
     @torch.inference_mode()
     def start(self, prompts: Sequence[Tensor], seeds: Sequence[int]) -> None:
         """Makes ready for B prompts, each int64 [T_b]. A row's draws depend on its seed alone."""
-        self.hold(0)
+        if self.cache is not None:
+            self.cache.reset()  # a length known on the host: a prompt goes to the kernel for many queries
         self.count.zero_()
         self.alive.fill_(1)
         self.running.fill_(True)
@@ -480,7 +482,6 @@ class GenerationMixin:
         seqlens: int | Tensor = held[0] if len(set(held)) == 1 else torch.tensor(held, device=device)
         S = min(max(lengths) + N, P) if use_cache else None
         decoder = Decoder(self, B, S, N, how) if S is None else graphs.decoder(self, B, S, N, how)
-        decoder.start(prompts, seeds)
 
         def window(row: int, start: int, count: int) -> Tensor:
             """What a row holds from position ``start`` of its text on, once ``count`` tokens are made."""
@@ -498,6 +499,7 @@ class GenerationMixin:
             return min(P + 1 + start - n for start, n in zip(starts, lengths, strict=True))
 
         try:
+            decoder.start(prompts, seeds)
             full = next_full()
             decoder.choose(read(0))
             decoder.hold(seqlens)  # padding behind a row's prompt is overwritten

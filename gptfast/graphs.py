@@ -13,6 +13,7 @@ Not run on a GPU yet: without one, tests replay steps recorded by PyTorch's disp
 Shapes: B rows, T positions.
 """
 
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from gptfast_kernels import _dispatch
 
 from .generation import Decoder, Settings
 from .heads import OpenAIGPTLMHeadModel
+from .inputs import check_ids
 from .linear import is_watched
 from .model import OpenAIGPTModel
 
@@ -35,6 +37,8 @@ KEPT_DECODERS = 4  # of a model; each holds a cache
 
 # ---- the CUDA calls
 
+_capturing = threading.Lock()  # a process may capture one graph at a time
+
 
 class Graph:
     """``run`` as a graph. ``warm_up``, or it, runs twice first: kernels are compiled and handles made on first use."""
@@ -42,14 +46,17 @@ class Graph:
     def __init__(self, run: Callable[[], Any], device: torch.device, warm_up: Callable[[], Any] | None = None):
         self.graph = torch.cuda.CUDAGraph()
         self.device, self.done = device, torch.cuda.Event()
-        with torch.cuda.device(device):
+        with _capturing, torch.cuda.device(device):
+            # a stream of its own, on this device: PyTorch's is on the one that was first captured on, and graphs
+            # captured on one stream share cuBLAS's workspace, also where two of them are replayed at once
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
                 for _ in range(2):
                     (warm_up or run)()
             torch.cuda.current_stream().wait_stream(aside)
-            with torch.cuda.graph(self.graph):
+            # "thread_local": other threads may allocate meanwhile
+            with torch.cuda.graph(self.graph, stream=aside, capture_error_mode="thread_local"):
                 self.result = run()
 
     def wait(self) -> None:
@@ -73,21 +80,28 @@ class Baked:
 
     def __init__(self, model: nn.Module):
         self.kind = next(model.parameters()).device.type
-        self.parts = [
-            (held, name, part)
-            for module in model.modules()
-            for held in (module._modules, module._parameters, module._buffers)
-            for name, part in held.items()
+        self.inner = [*model.modules()][1:]  # without the model, which a decoder must not keep alive
+        self.tables = [
+            table for module in model.modules() for table in (module._modules, module._parameters, module._buffers)
         ]
-        self.tensors = [(x, x.data_ptr(), x.dtype) for _, _, x in self.parts if isinstance(x, Tensor)]
-        self.choices = _choices(self.kind)
+        self.parts = self._parts()
+        self.tensors = [part for part in self.parts if isinstance(part, Tensor)]
+        self.places, self.choices = self._places(), _choices(self.kind)
 
     def still_holds(self) -> bool:
+        parts = self._parts()
         return (
             self.choices == _choices(self.kind)
-            and all(held.get(name) is part for held, name, part in self.parts)
-            and all(x.data_ptr() == address and x.dtype == dtype for x, address, dtype in self.tensors)
+            and len(parts) == len(self.parts)
+            and all(map(operator.is_, parts, self.parts))
+            and self._places() == self.places
         )
+
+    def _parts(self) -> list[nn.Module | Tensor | None]:
+        return [part for table in self.tables for part in table.values()]
+
+    def _places(self) -> list[tuple[int, torch.dtype]]:
+        return [(x.data_ptr(), x.dtype) for x in self.tensors]
 
 
 def _choices(kind: str) -> tuple:
@@ -100,18 +114,28 @@ def _choices(kind: str) -> tuple:
     )
 
 
-def why_not(model: nn.Module) -> str | None:
-    """Why nothing of ``model`` is captured now; None if it is."""
-    device = next(model.parameters()).device
+def _casting_anew(kind: str) -> torch.autocast:
+    """Autocast as it is, but without its cache, which ends with the user's block: a graph would read freed memory.
+
+    From torch 2.11 on inference mode does without it by itself.
+    """
+    return torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False)
+
+
+def why_not(modules: Sequence[nn.Module]) -> str | None:
+    """Why nothing of ``modules``, a model and those within it, is captured now; None if it is."""
+    device = next(modules[0].parameters()).device
     if device.type != "cuda":
         return f"CUDA graphs need a GPU, the model is on {device}"
-    return _why_not_now(model)
+    if torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph is being captured around it"
+    return _why_not_now(modules)
 
 
-def _why_not_now(model: nn.Module) -> str | None:
-    if any(module.training for module in model.modules()):
+def _why_not_now(modules: Sequence[nn.Module]) -> str | None:
+    if any(module.training for module in modules):
         return "the model is in training mode"
-    if any(is_watched(module) for module in model.modules()):
+    if any(map(is_watched, modules)):
         return "a module has hooks or a forward of its own, which a replay would not call"
     if torch.is_grad_enabled():
         return "a gradient may be wanted: torch.no_grad() or torch.inference_mode() rules it out"
@@ -142,14 +166,16 @@ class Captured:
         self._lock = threading.Lock()  # a graph reads and writes the same memory in every replay
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, **others: Any) -> Any:
-        reason = why_not(self.model) or self._cannot(input_ids, attention_mask, others)
+        baked = self._baked if self._baked.still_holds() else Baked(self.model)
+        reason = why_not([self.model, *baked.inner]) or self._cannot(input_ids, attention_mask, others)
         if reason is not None:
             _note([_dispatch.Choice("forward pass", "no CUDA graph", reason)])
             return self.model(input_ids, attention_mask, **others)
+        check_ids("input_ids", input_ids, len(self.model.get_input_embeddings().weight))  # type: ignore[operator]
         shape = bucket(self.shapes, *input_ids.shape)
         assert shape is not None
         with self._lock:
-            recorded = self._at(shape, attention_mask is not None)
+            recorded = self._at(baked, shape, attention_mask is not None)
             B, T = input_ids.shape
             graph, result = recorded.graph, recorded.graph.result
             with torch.inference_mode():
@@ -177,16 +203,19 @@ class Captured:
             return "input_ids are not [B, T]"
         if input_ids.dtype not in (torch.int32, torch.int64):
             return f"input_ids are {input_ids.dtype}"
-        if attention_mask is not None and getattr(attention_mask, "shape", None) != input_ids.shape:
-            return "attention_mask has not the shape of input_ids"
+        mask = input_ids if attention_mask is None else attention_mask
+        if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
+            return "attention_mask is not a tensor of the shape of input_ids"
+        if not input_ids.device == mask.device == next(self.model.parameters()).device:
+            return "input_ids or attention_mask is not where the model is"
         if bucket(self.shapes, *input_ids.shape) is None:
             return f"{input_ids.shape[0]} x {input_ids.shape[1]} fits in no shape that was captured"
         return None
 
-    def _at(self, shape: tuple[int, int], masked: bool) -> _Recorded:
-        if not self._baked.still_holds():
+    def _at(self, baked: Baked, shape: tuple[int, int], masked: bool) -> _Recorded:
+        if baked is not self._baked:
             self._recorded.clear()
-            self._baked = Baked(self.model)
+            self._baked = baked
         key = (*shape, masked)
         if key not in self._recorded:
             self._recorded[key] = self._record(shape, masked)
@@ -200,7 +229,7 @@ class Captured:
         plain = {"output_attentions": False, "output_hidden_states": False, "return_dict": True, "use_cache": False}
         with _dispatch.record() as choices:
             self.model(ids, mask, **plain)
-        with _dispatch.record():  # the same choices once more, which are nobody's calls
+        with _dispatch.record(), _casting_anew(device.type):  # the same choices once more, which are nobody's calls
             graph = Graph(lambda: self.model(ids, mask, **plain), device)
         return _Recorded(ids, mask, graph, choices)
 
@@ -266,7 +295,7 @@ class GraphDecoder(Decoder):
             step()
 
         self.hold(0)
-        with torch.inference_mode():
+        with torch.inference_mode(), _casting_anew(self.baked.kind):
             self.graph = Graph(step, self.tokens.device, from_the_start)
 
     def start(self, prompts: Sequence[Tensor], seeds: Sequence[int]) -> None:
@@ -298,7 +327,7 @@ def decoder(model: Any, B: int, S: int, N: int, how: Settings) -> Decoder:
 
     Sizes are rounded up to powers of two, so that few are recorded; the last ``KEPT_DECODERS`` are kept.
     """
-    if why_not(model) is not None or type(model).forward is not OpenAIGPTLMHeadModel.forward:
+    if why_not([*model.modules()]) is not None or type(model).forward is not OpenAIGPTLMHeadModel.forward:
         return Decoder(model, B, S, N, how)
     size = (B, min(round_up(S), model.config.n_positions), round_up(N), how)
     with _taking:

@@ -27,7 +27,9 @@ def check_tensor(name: str, x: Tensor) -> None:
 
 
 def _may_read(x: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and (x.device.type == "cpu" or (CHECK_IDS_ON_GPU and not x.is_meta))
+    if torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" or (CHECK_IDS_ON_GPU and not (x.is_meta or torch.cuda.is_current_stream_capturing()))
 
 
 def check_ids(name: str, ids: Tensor, size: int) -> None:

@@ -8,6 +8,7 @@ reading a value back is an error. With a GPU the same tests run on graphs.
 import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -17,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gptfast
-from gptfast import graphs
-from gptfast.generation import Decoder
-from gptfast_kernels import use_backend
+from gptfast import graphs, inputs
+from gptfast.generation import Decoder, Settings
+from gptfast_kernels import _dispatch, _triton, use_backend
 from tests.support import DEVICE
 
 V, P = 61, 80
@@ -84,8 +85,6 @@ def ids(*shape, seed=0):
 
 def ran(call):
     """(what ``call`` gives, how the forward pass ran, why)."""
-    from gptfast_kernels import _dispatch
-
     with torch.no_grad(), _dispatch.record() as choices:
         result = call()
     whole = [choice for choice in choices if choice.op == "forward pass"]
@@ -166,6 +165,8 @@ def test_changed_weights_are_seen_and_replaced_ones_recorded():
     model.to(torch.float64)
     check(6)
     check(6)
+    model.transformer.h.append(make(seed=3).double().transformer.h[0])
+    check(7)
 
 
 def test_another_backend_and_autocast_are_recorded():
@@ -178,6 +179,22 @@ def test_another_backend_and_autocast_are_recorded():
     with torch.autocast(DEVICE, torch.bfloat16):
         assert ran(lambda: fast(x).logits)[0].dtype == torch.bfloat16
     assert torch.equal(ran(lambda: fast(x).logits)[0], plain)
+
+
+def test_autocast_casts_in_every_replay():
+    """Its cache of casts ends with the block; a graph recorded over it would read freed memory, or old weights."""
+    model, x = make(), ids(1, 8)
+    fast = gptfast.capture(model, [(1, 8)])
+    for _ in range(2):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            got, how, _ = ran(lambda: (fast(x).logits, model.generate(x, max_new_tokens=5)))
+        with torch.autocast(DEVICE, torch.bfloat16), torch.no_grad():
+            torch.testing.assert_close(got[0], model(x).logits)
+            assert torch.equal(got[1], model.generate(x, max_new_tokens=5, use_cache=False))
+        assert how == "CUDA graph"
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(-1.5)
 
 
 def test_what_runs_uncaptured_says_why():
@@ -250,10 +267,17 @@ def test_hooks_are_called_and_not_replayed():
     assert ran(lambda: fast(x))[1] == "CUDA graph"
 
 
-def test_what_a_model_refuses_a_captured_one_refuses():
+def test_what_a_model_refuses_a_captured_one_refuses(monkeypatch):
     model, x = make(), ids(1, 8)
     fast = gptfast.capture(model, [(1, 8)], attention_mask=True)
+    monkeypatch.setattr(inputs, "CHECK_IDS_ON_GPU", True)
     with torch.no_grad():
+        with pytest.raises(ValueError, match=f"input_ids contains {V}, accepted are 0 to {V - 1}"):
+            fast(torch.full_like(x, V))
+        with pytest.raises(ValueError, match="input_ids is on meta, but token_weight is on"):
+            fast(x.to("meta"))
+        with pytest.raises(ValueError, match="key_padding_mask is on meta, but k is on"):
+            fast(x, torch.ones_like(x, device="meta"))
         with pytest.raises(TypeError, match=r"input_ids must be int32 or int64, got torch\.float32"):
             fast(x.float())
         with pytest.raises(TypeError, match="attention_mask must be a tensor, got list"):
@@ -380,11 +404,88 @@ def test_decoders_follow_their_model(monkeypatch):
     assert gone() is None
 
 
+def test_a_prompt_is_read_by_the_kernel_for_many_queries():
+    with use_backend("reference"):
+        model, x = make(), ids(2, 17)
+        model.generate(x, max_new_tokens=2)  # what is recorded counts no prompt
+        with _dispatch.record() as choices:
+            model.generate(x, max_new_tokens=2)
+    assert {choice.op for choice in choices if "attention" in choice.op} == {"flash_attention"}
+
+
+def test_a_decoder_that_failed_is_free_again(monkeypatch):
+    model, x = make(), ids(1, 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs.GraphDecoder, "start", mock.Mock(side_effect=MemoryError))
+        with pytest.raises(MemoryError):
+            model.generate(x, max_new_tokens=2)
+    assert not any(decoder.taken for decoder in graphs._decoders[model])
+
+
+# ---- what a GPU would be told
+
+
 def test_a_step_reads_nothing_back():
     """The tape would have said so; here that it can."""
     tensor = torch.zeros(1)
     with pytest.raises(AssertionError, match="read back"):
         Tape(lambda: tensor.item(), tensor.device, warm_up=lambda: None)
+
+
+class OnDevice(TorchDispatchMode):
+    """Counts operators, and refuses any that touches the host: on a GPU it would wait for a copy."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        devices = {x.device.type for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)}
+        assert devices <= {"meta"}, f"{func} is on {devices}"
+        self.calls += 1
+        return result
+
+
+def test_what_is_captured_stays_on_the_device(monkeypatch):
+    """On tensors of shapes and dtypes alone, where no value can be read, with the operators that a GPU would be given.
+
+    The tape cannot tell: on a CPU all is on one device.
+    """
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    monkeypatch.setattr(_triton, "why_not", lambda x: None)
+    sampled = Settings(True, 0.7, 50, 0.9, 1.3, 3, (1, 2), 0)
+    with torch.device("meta"), torch.inference_mode():
+        config = gptfast.OpenAIGPTConfig(n_layer=2, n_embd=48, n_head=3)
+        model = gptfast.OpenAIGPTLMHeadModel(config).eval().bfloat16()
+        x = torch.zeros(4, 16, dtype=torch.int64)
+        decoder = Decoder(model, 4, 512, 64, sampled)
+        decoder.hold(torch.zeros(4, dtype=torch.int64))
+        with OnDevice() as seen, _dispatch.record() as choices:
+            decoder.step()
+            model(x, x > 0)
+    assert seen.calls > 100
+    ours = {choice.op for choice in choices if choice.backend == "triton"}
+    assert ours == {"embedding", "flash_attention", "flash_attention_with_kvcache", "layer_norm"}
+
+
+def test_values_are_not_looked_at_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(inputs, "CHECK_IDS_ON_GPU", True)
+    on_a_gpu: Any = SimpleNamespace(device=torch.device("cuda"), is_meta=False)
+    for capturing in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda yes=capturing: yes)
+        assert inputs._may_read(on_a_gpu) is not capturing
+
+
+@gpu
+def test_another_gpu():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs a second GPU")
+    for device in ("cuda:0", "cuda:1"):
+        model, x = make().to(device), ids(2, 8).to(device)
+        fast = gptfast.capture(model, [(2, 8)])
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x).logits, model(x).logits, rtol=1e-4, atol=1e-4)
+            expected = model.generate(x, max_new_tokens=5, use_cache=False)
+            assert torch.equal(model.generate(x, max_new_tokens=5), expected)
 
 
 @gpu
