@@ -96,8 +96,9 @@ class Attention(nn.Module):
             if context.output_attentions and context.inference:
                 a, lse = flash_attention(q, k, v, key_padding_mask=padding, return_lse=True)
                 probs = attention_probs(q, k, lse, key_padding_mask=padding)
-            elif context.output_attentions:  # in training the weights are behind dropout, and have gradients
-                _dispatch.select("flash_attention", "reference", None)
+            elif context.output_attentions:
+                why = "attention weights with gradients or dropout take the formula"
+                _dispatch.select("flash_attention", "auto", why)
                 a, _, probs = attention_reference(q, k, v, key_padding_mask=padding, dropout_p=dropout_p)
             else:
                 a = flash_attention(q, k, v, key_padding_mask=padding, dropout_p=dropout_p)

@@ -917,6 +917,31 @@ def test_explain_shows_the_configs_of_kernels():
     assert [row.config in line for row, line in zip(rows, lines, strict=True)] == [True] * 4
 
 
+def test_explain_strict_takes_a_replay_for_no_fallback():
+    def captured(ids):
+        _dispatch._log.append(_dispatch.Choice("forward pass", how, "why"))
+        return model(ids)
+
+    model = make()
+    with gptfast.use_backend("triton"):
+        how = "CUDA graph"
+        assert gptfast.explain(captured, GOOD, strict=True)[0].backend == "CUDA graph"
+        how = "no CUDA graph"
+        with pytest.raises(RuntimeError, match=r"strict=True.* on triton: forward pass on no CUDA graph: why$"):
+            gptfast.explain(captured, GOOD, strict=True)
+
+
+def test_attention_weights_with_gradients_are_the_formula_and_triton_asked_for_raises():
+    model, x = make().train(), {"input_ids": GOOD, "output_attentions": True}
+    reasons = {row.op: row.reason for row in gptfast.explain(model, x)}
+    assert reasons["flash_attention"].startswith("attention weights with gradients or dropout")
+    with gptfast.use_backend("triton"):
+        with pytest.raises(RuntimeError, match="flash_attention: backend='triton' cannot run here: attention weights"):
+            model(**x)
+        with torch.no_grad():
+            assert model.eval()(**x).attentions[0].shape[-2:] == (T, T)
+
+
 def test_triton_where_it_cannot_run_raises_and_says_why():
     """No kernel takes float64, here or on any GPU."""
     model = make().double()
