@@ -531,8 +531,8 @@ def device_name(device: str) -> str:
 def state(device: str) -> Row:
     """What drifts: clocks, temperature, load. Taken before and after."""
     if torch.device(device).type == "cuda":
-        clocks = {"sm_clock": "clocks.sm", "memory_clock": "clocks.mem"}
-        return _nvidia_smi(device, **clocks, temperature="temperature.gpu", power="power.draw")
+        fields = {"sm_clock": "clocks.sm", "memory_clock": "clocks.mem"}
+        return _nvidia_smi(device, **fields, temperature="temperature.gpu", power="power.draw")
     clocks = [float(line.split(":")[1]) for line in _read("/proc/cpuinfo").splitlines() if line.startswith("cpu MHz")]
     load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     return {"cpu_mhz": round(statistics.fmean(clocks)) if clocks else None, "load_1_min": load}

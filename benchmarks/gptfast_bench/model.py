@@ -19,6 +19,7 @@ FLOPs of a position: 24 C^2 a layer, 4 C a layer and visible key, 2 V C where it
 once, the cache once.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -117,7 +118,7 @@ def _built(name: str, size: str, dtype: torch.dtype, device: str) -> Any:
         theirs.load_state_dict({k: v.to(dtype) for k, v in source.state_dict().items()}, assign=True)
         theirs.tie_weights()
         return theirs.to(device, dtype)  # its mask is a buffer: in float32 it would make the scores so
-    if name in ("hand-made", "hand-made cuDNN"):
+    if name == "hand-made":
         return HandMade(_built("gptfast", size, dtype, device))
     if name == "gptfast" and dtype == torch.float32:
         return source
@@ -280,28 +281,28 @@ def _contenders(
         judge: what of an output the gate sees.
         read: numbers read from memory, in each provider's own dtype.
     """
-    makes = {"transformers": theirs, "hand-made": hand_made, "hand-made cuDNN": hand_made}
-    makes |= dict.fromkeys(("gptfast", "packed", "int8"), ours)
+    makes = {"transformers": theirs, "hand-made": hand_made, "gptfast": ours, "packed": ours, "int8": ours}
     on_cpu = torch.device(settings.device).type == "cpu"
 
     def contender(name: str, mode: str | None = None, dtype: str = cell.dtype) -> Contender:
-        model = built(name, cell.shape["size"], DTYPES[dtype], settings.device)
+        kind, around = name.split()[0], AROUND.get(name, contextlib.nullcontext)
+        model = built(kind, cell.shape["size"], DTYPES[dtype], settings.device)
         wrap: Wrap = lambda call: call  # noqa: E731
         if mode in ("default", "max-autotune"):
             if compiles:
                 raise Unavailable(compiles)
             wrap = functools.partial(torch.compile, dynamic=False, mode=mode)
-        if mode == "CUDA graph" and name == "gptfast" and captured is not None:
-            return Contender(
-                _without_gradients(captured(model, wrap)), judge=judge, moved=read * DTYPES[dtype].itemsize
-            )
-        made = makes[name](model, wrap)
-        if not isinstance(made, Contender):
-            run = _without_gradients(_with_cudnn(made) if "cuDNN" in name else made)
-            made = Contender(capture(run) if mode == "CUDA graph" else run)
+        with around():
+            if mode == "CUDA graph" and kind == "gptfast" and captured is not None:
+                made = Contender(_without_gradients(captured(model, wrap)))
+            elif not isinstance(made := makes[kind](model, wrap), Contender):
+                run = _without_gradients(made)
+                made = Contender(capture(run) if mode == "CUDA graph" else run)
         coarse = "int8" if name == "int8" else dtype
         return dataclasses.replace(
             made,
+            run=_inside(around, made.run),
+            results=made.results and _inside(around, made.results),
             judge=judge,
             tolerance=COARSE if coarse != cell.dtype else None,
             moved=read * (1 if name == "int8" else DTYPES[dtype].itemsize),
@@ -309,9 +310,12 @@ def _contenders(
         )
 
     table: dict[str, Callable[[], Contender]] = {}
-    for name, shown in (("transformers", "transformers"), ("hand-made", "hand-made SDPA"), ("gptfast", "gptfast")):
+    shown_as = {"transformers": "transformers", "hand-made": "hand-made SDPA", "gptfast": "gptfast"}
+    if not on_cpu:
+        shown_as["gptfast triton"] = "gptfast triton"
+    for name, shown in shown_as.items():
         table[shown] = functools.partial(contender, name)
-        if cell.mode != "autotuned":
+        if cell.mode != "autotuned" and name not in AROUND:
             table[f"{shown} torch.compile"] = functools.partial(contender, name, "default")
         if not on_cpu and name != "transformers" and cell.mode not in NO_GRAPH:
             table[f"{shown} CUDA graph"] = functools.partial(contender, name, "CUDA graph")
@@ -325,11 +329,16 @@ def _contenders(
     return table
 
 
-def _with_cudnn(call: Callable[[], Any]) -> Callable[[], Any]:
-    """SDPA's other backends are out, at the first call, which compiles, too: where cuDNN refuses, so does this."""
+# What a provider is made and called in: the one backend that it may take
+AROUND: dict[str, Callable[[], Any]] = {
+    "hand-made cuDNN": lambda: sdpa_kernel([SDPBackend.CUDNN_ATTENTION]),
+    "gptfast triton": lambda: use_backend("triton"),
+}
 
+
+def _inside(around: Callable[[], Any], call: Callable[[], Any]) -> Callable[[], Any]:
     def run() -> Any:
-        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+        with around():
             return call()
 
     return run
@@ -464,6 +473,18 @@ def _decode(cell: Cell, settings: Settings) -> Task:
 
         return wrap(run)
 
+    def captured(model: Any, wrap: Wrap) -> Callable[[], Tensor]:
+        """As ``generate`` captures its steps: the rows' lengths are a tensor, which is what auto has our kernel for."""
+        cache, held = model.transformer.new_cache(B, S + 1), torch.full((B,), S, device=ids.device)
+        with torch.inference_mode():
+            model.transformer(ids[:, :S], past_key_values=cache, use_cache=True)
+
+        def run() -> Tensor:
+            cache.seqlens = held.fill_(S)
+            return model(ids[:, S:], past_key_values=cache, use_cache=True).logits[:, -1]
+
+        return capture(_without_gradients(run))
+
     def hand_made(model: HandMade, wrap: Wrap) -> Callable[[], Tensor]:
         cache = model.new_cache(B, S + 1)
         with torch.inference_mode():
@@ -477,6 +498,7 @@ def _decode(cell: Cell, settings: Settings) -> Task:
         lambda model, wrap: wrap(lambda: model(ids, logits_to_keep=1).logits[:, -1]),
         hand_made,
         ours,
+        captured=captured,
         read=read,
     )
     exact = functools.partial(exact_logits, size, ids, 1)
