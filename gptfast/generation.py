@@ -72,22 +72,6 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
 
 
-def sample(
-    logits: Tensor,
-    *,
-    do_sample: bool = True,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draws the next token [B] from ``distribution(logits, …)``; the likeliest one with ``do_sample=False``."""
-    if not do_sample:
-        return logits.argmax(-1)
-    uniform = torch.rand(len(logits), dtype=torch.float64, device=logits.device, generator=generator)
-    return draw(distribution(logits, temperature=temperature, top_k=top_k, top_p=top_p), uniform)
-
-
 @dataclass(frozen=True)
 class Settings:
     """How tokens are chosen, and when a row ends."""

@@ -307,7 +307,8 @@ class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
     ) -> AttentionContext:
         """What the blocks share, made of checked arguments."""
         weight, blocks, held = self.tokens_embed.weight, len(self.h), 0
-        inference = not (self.training or torch.is_grad_enabled())
+        training = self.training or any(block.training for block in self.h)
+        inference = not (training or torch.is_grad_enabled())
         if self._recomputes() and (cache is not None or use_cache):
             raise ValueError("use_cache=True and past_key_values cannot go with gradient checkpointing")
         head_mask = check_head_mask(head_mask, blocks, self.config.n_head, weight.dtype)

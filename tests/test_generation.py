@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import gptfast
-from gptfast.generation import distribution, draw, sample
+from gptfast.generation import distribution, draw
 from gptfast_kernels import _dispatch
 
 V, P = 97, 40
@@ -318,10 +318,9 @@ def test_unlikely_tokens_are_not_lost_in_a_large_vocabulary():
 
 
 def test_draws_follow_the_distribution():
-    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).expand(40000, -1)
-    drawn = sample(logits, generator=torch.Generator().manual_seed(0))
-    assert_close(drawn.bincount() / 40000, torch.tensor([0.5, 0.3, 0.15, 0.05]), 0.01)
-    assert torch.equal(sample(logits, do_sample=False), torch.zeros(40000).long())
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    uniform = torch.rand(40000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert_close(draw(p.expand(40000, -1), uniform).bincount() / 40000, p, 0.01)
 
 
 def test_seeds():
@@ -715,6 +714,17 @@ def test_dropout_falls_with_a_cache_too():
     with torch.no_grad():
         exact, first, second = (m(ids(1, 9), use_cache=True).logits for m in (make(), model, model))
     assert (first - exact).abs().max() > 1e-3
+    assert (first - second).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_block_in_training_mode_drops_with_a_cache_too():
+    model, x = make(embd_pdrop=0.0, resid_pdrop=0.0, attn_pdrop=0.5), ids(1, 9)
+    model.transformer.h[1].train()
+    for how in ({"use_cache": True}, {"output_attentions": True}):
+        first, second = (model(x, **how).logits for _ in range(2))
+        assert (first - second).abs().max() > 1e-3
+    first, second = (model(x[:, :1], past_key_values=model(x, use_cache=True).past_key_values).logits for _ in range(2))
     assert (first - second).abs().max() > 1e-3
 
 
