@@ -1,16 +1,20 @@
 """The benchmark suite's gate, clock and limits; and that every op and mode agrees with float64, at a toy's size."""
 
+import contextlib
 import dataclasses
 import math
 import random
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 import gptfast
-from gptfast_bench import model, normalization, suite
+from gptfast_bench import harness, model, normalization, suite
 from gptfast_bench.harness import Cell, Contender, Limits, Settings, choose, error_of, noise_of, run_cell, time_in_turn
+from gptfast_kernels import _triton, use_backend
 from tests.support import DEVICE
 
 SETTINGS = Settings(rounds=2, seconds=0.0, least=1, baselines=("torch eager", "SDPA", "transformers", "hand-made SDPA"))
@@ -49,6 +53,47 @@ def test_coarser_weights_are_rows_of_their_own(mode):
             assert rows["gptfast"]["error"] < 1e-5 < 1e-4 < rows[name]["error"]
             assert rows[name]["bytes"] < rows["gptfast"]["bytes"]
     assert rows["transformers"]["status"] == "unavailable"
+
+
+@pytest.mark.parametrize("mode", ["forward", "loss", "train", "prefill", "decode", "generate"])
+def test_transformers_runs_in_bfloat16(mode):
+    """It is the baseline of a GPU's cells."""
+    pytest.importorskip("transformers", reason="the baseline of the model's cells")
+    cell = next(cell for cell in SMOKE if cell.op == "model" and cell.mode == mode)
+    cell = dataclasses.replace(cell, dtype="bfloat16", without=("torch.compile", "gptfast", "hand-made"))
+    (row,) = (row for row in run_cell(cell, SETTINGS) if row["provider"] == "transformers")
+    assert row["status"] == "ok", row
+
+
+def test_a_gpus_graphs_are_of_what_can_be_captured():
+    """``generate`` replays graphs by itself and would fail in a capture; what a graph holds is not a call's memory."""
+    settings = dataclasses.replace(SETTINGS, device="meta")  # whatever is no CPU has a GPU's providers
+    for cell in suite.profiles(cuda=True)["full"].cells:
+        if cell.op == "model" and cell.mode not in ("start", "memory"):
+            providers = model.task(cell, settings).providers
+            graphs = {name for name in providers if name.endswith("CUDA graph")}
+            captured = cell.mode in ("forward", "autotuned", "prefill", "decode", "launch")
+            wanted = {"hand-made SDPA", "gptfast", "gptfast triton"} if captured else set()
+            assert graphs == {f"{name} CUDA graph" for name in wanted}, cell
+            autotuned = {name for name in providers if "max-autotune" in name}
+            assert bool(autotuned) == (cell.mode == "autotuned")
+
+
+def test_ours_on_triton_is_asked_for_by_name():
+    """Where a kernel cannot run, no other backend does in its place."""
+    cell = next(cell for cell in SMOKE if cell.op == "model" and cell.mode == "forward")
+    cell = dataclasses.replace(
+        cell, without=("torch.compile", "transformers", "hand-made", "packed", "int8", "bfloat16")
+    )
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.AROUND, "gptfast", lambda: asked.append(1) or use_backend("triton"))
+        patch.setattr(_triton, "INTERPRETED", False)
+        rows = by_provider(run_cell(cell, dataclasses.replace(SETTINGS, baselines=())))
+    if DEVICE == "cpu":
+        assert rows["gptfast"]["status"] == "unavailable"
+        assert "backend='triton' cannot run here" in rows["gptfast"]["reason"]
+    assert asked
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a CPU's providers")
@@ -151,6 +196,59 @@ def test_what_a_profile_leaves_out_is_a_row():
     assert "left out" in rows["wrong"]["reason"]
 
 
+def test_a_kernel_counts_once_in_a_profile(monkeypatch):
+    """Kineto gives its time to the operator that launched it, too."""
+    kernel = {"is_user_annotation": False, "self_cpu_time_total": 0.0, "self_device_time_total": 300.0}
+    events = [
+        SimpleNamespace(key="aten::addmm", device_type=DeviceType.CPU, **kernel),
+        SimpleNamespace(key="nvjet_hsh_128x256", device_type=DeviceType.CUDA, **kernel),
+        SimpleNamespace(key="void pow_tensor_scalar_kernel_impl", device_type=DeviceType.CUDA, **kernel),
+        SimpleNamespace(key="a step", device_type=DeviceType.CUDA, **(kernel | {"is_user_annotation": True})),
+    ]
+    profile = SimpleNamespace(key_averages=lambda: events)
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: contextlib.nullcontext(profile))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    parts = model._profile(lambda: None, calls=3)["parts"]
+    assert {part: ms for part, ms in parts.items() if ms} == {"matmul": pytest.approx(0.1), "GELU": pytest.approx(0.1)}
+
+
+def test_a_model_on_a_gpu_is_timed_until_the_gpu_is_done(monkeypatch):
+    """Each call's share of so many, behind a flush and a wait that are not timed."""
+    order = []
+    flush = SimpleNamespace(zero_=lambda: order.append("flush"))
+    clock = iter([10.0, 10.6])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: order.append("look") or next(clock))
+    assert harness._waited_ms(lambda: order.append("call"), flush, 3) == pytest.approx(200.0)
+    assert order == ["flush", "wait", "look", "call", "call", "call", "wait", "look"]
+
+
+def test_what_nvidia_smi_says(monkeypatch):
+    asked = []
+
+    def answer(command, **how):
+        asked.append(command)
+        return SimpleNamespace(stdout="1980 MHz, 34, 120.5 W\n")
+
+    monkeypatch.setattr(harness.subprocess, "run", answer)
+    found = harness._nvidia_smi("cuda:1", clock="clocks.sm", temperature="temperature.gpu", power="power.draw")
+    assert found == {"clock": "1980 MHz", "temperature": "34", "power": "120.5 W"}
+    (command,) = asked
+    assert {"--query-gpu=clocks.sm,temperature.gpu,power.draw", "--id=1"} <= set(command)
+
+    def absent(command, **how):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(harness.subprocess, "run", absent)
+    assert harness._nvidia_smi("cuda", driver="driver_version") == {"driver": None}
+
+
+def test_a_copy_without_git_is_told_its_commit(monkeypatch):
+    monkeypatch.setenv("GPTFAST_COMMIT", "abc123")
+    assert harness.environment("cpu", 1)["commit"] == "abc123"
+
+
 def test_calls_are_timed_in_turn_each_round_from_another_one():
     order = []
     samples = time_in_turn({name: lambda name=name: _slow(order, name) for name in "abc"}, rounds=3)
@@ -195,6 +293,9 @@ def test_shares_of_the_limits():
     assert limits.share(row | {"computes_in": "bfloat16"}) is None  # a rate that was not measured
     assert limits.share(row | {"flops": 0, "computes_in": "bfloat16"})[1] == "memory"
     assert limits.share({"ms": 2.0}) is None
+    known = dataclasses.replace(limits, peak_tflop_s={"float32": 0.2})
+    assert known.flop_share(row) == pytest.approx(0.125)  # of the data sheet's
+    assert known.share(row | {"flops": 200e6}) == (pytest.approx(1.0), "arithmetic")  # of what was measured
 
 
 def test_a_contender_defaults_to_its_output():

@@ -51,12 +51,28 @@ def test_what_is_published_leaves_no_rival_out():
 
 
 def test_a_gpu_is_asked_first_what_is_claimed_first():
-    first, second, *rest = suite.profiles(True)["full"].cells
-    assert (first.op, first.mode, first.dtype) == ("model", "forward", "bfloat16")
-    assert (first.shape["B"], first.shape["T"]) == (64, 512)
-    assert (second.shape["B"], second.shape["T"]) == (1, 128)
-    assert rest[0].op == "attention"
-    assert rest[0].shape.items() >= {"B": 64, "T": 512, "D": 64, "causal": True, "dropout_p": 0.0}.items()
+    full, inference = (suite.profiles(True)[name].cells for name in ("full", "inference"))
+    claimed = [(cell.mode, *list(cell.shape.values())[1:]) for cell in inference]
+    assert {cell.dtype for cell in inference} == {"bfloat16"}
+    assert claimed[:5] == [
+        ("forward", 64, 512),
+        ("forward", 1, 128),
+        ("decode", 1, 1, 256),
+        ("decode", 64, 1, 256),
+        ("first token", 1, 128),
+    ]
+    assert {mode for mode, *_ in claimed[5:]} == {"launch", "generate", "start", "autotuned"}
+    assert list(full[: len(inference)]) == inference
+    attention_first = full[len(inference)]
+    assert attention_first.op == "attention"
+    assert attention_first.shape.items() >= {"B": 64, "T": 512, "D": 64, "causal": True, "dropout_p": 0.0}.items()
+
+
+def test_what_compiles_for_minutes_comes_last_of_the_claims():
+    *before, two, last = suite.profiles(True)["inference"].cells
+    assert [cell.mode for cell in (two, last)] == ["autotuned", "autotuned"]
+    for claim in before:
+        assert claim.mode == "generate" or "torch.compile" in claim.without
 
 
 def test_attention_is_swept_over_lengths():
@@ -131,7 +147,7 @@ def test_a_provider_that_crashes_or_hangs_costs_its_own_row(tmp_path, monkeypatc
         seen.append([row["provider"] for row in json.loads(report.path.read_text())["rows"]])
 
     monkeypatch.setattr(suite.Report, "write", watch)
-    cells = [cell("right"), cell("right", "crashing", "wrong", "hanging")]
+    cells = [cell("right"), cell("right", "crashing", "wrong", "hanging", "crashing_later")]
     report = suite.run(cells, SETTINGS, tmp_path, profile="smoke", progress=False)
     assert ["right"] in seen  # before the crash
     first, *rest = report.rows
@@ -142,8 +158,10 @@ def test_a_provider_that_crashes_or_hangs_costs_its_own_row(tmp_path, monkeypatc
         "wrong": "wrong",
         "crashing": "failed",
         "hanging": "failed",
+        "crashing_later": "failed",
     }
     assert "signal 6" in rows["crashing"]["reason"]
+    assert "signal 6" in rows["crashing_later"]["reason"]  # in the rounds, where all are timed in turn
     assert "no sign of life" in rows["hanging"]["reason"]
     assert report.content["complete"]
     assert json.loads((tmp_path / suite.REPORT).read_text())["rows"] == report.rows
@@ -289,10 +307,22 @@ def test_the_gpu_command_times_with_what_time_is_left(tmp_path, monkeypatch):
         gpu.main(["nothing"])
 
 
+def test_a_report_says_what_measures_the_same(tmp_path, fake, monkeypatch):
+    """However it was started: ``python -m gptfast_bench.gpu bench -- …`` is no command line of gptfast's."""
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "bench", "--", "--output-dir", "somewhere"])
+    arguments = ["bench", "--profile", "smoke", "--device", "cpu", "--op", "attention", "--mode", "forward"]
+    assert main([*arguments, "--no-progress", "--output-dir", str(tmp_path)]) == 0
+    command = suite.Report.read(tmp_path / suite.REPORT).content["command"]
+    assert command == "gptfast bench --profile smoke --device cpu --op attention --mode forward"
+    assert main([*command.split()[1:], "--no-progress", "--output-dir", str(tmp_path)]) == 0
+
+
 def test_limits_measured_twice_are_the_higher():
     first = {"copy_gb_s": 20.0, "read_gb_s": 30.0, "matmul_tflop_s": {"float32": 0.3}}
     again = {"copy_gb_s": 25.0, "read_gb_s": 10.0, "matmul_tflop_s": {"float32": 0.2, "bfloat16": 1.0}}
+    again["peak_tflop_s"] = {"bfloat16": 2.0}
     highest = {"copy_gb_s": 25.0, "read_gb_s": 30.0, "matmul_tflop_s": {"float32": 0.3, "bfloat16": 1.0}}
+    highest["peak_tflop_s"] = {"bfloat16": 2.0}
     assert suite._highest(first, again) == suite._highest(again, first) == highest
 
 

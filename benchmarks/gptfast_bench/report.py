@@ -20,6 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- bench: (\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 # What a cell is measured in: (column, unit, whether less is better)
 MEASURES = {"memory": ("peak_mib", "MiB"), "launch": ("host_us", "us")}
+OURS = ("gptfast", "gptfast CUDA graph")  # the README's: on a GPU both are what a user gets, by one call or none
 LEFT_OUT_OF_CSV = ("samples_ms", "parts", "shape")
 
 
@@ -84,6 +85,7 @@ def heading(report: Mapping[str, Any]) -> list[str]:
     rates = ", ".join(f"{1e3 * rate:,.0f} GFLOP/s in {name}" for name, rate in limits.matmul_tflop_s.items())
     if e["kind"] == "cuda":
         rates = ", ".join(f"{rate:,.0f} TFLOP/s in {name}" for name, rate in limits.matmul_tflop_s.items())
+        rates += "".join(f" (data sheet, for MFU: {rate:,.0f} in {name})" for name, rate in limits.peak_tflop_s.items())
     return [
         f"{'CPU' if e['kind'] == 'cpu' else 'GPU'} figures: {e['device']}, {where}; {versions}; commit {e['commit']}",
         f"limits measured here: {limits.copy_gb_s:.0f} GB/s copied, {limits.read_gb_s:.0f} GB/s read; matmuls {rates}",
@@ -176,7 +178,8 @@ def readme_block(report: Mapping[str, Any]) -> str:
 
     The best of those that compute in the cell's own dtype is in bold, whoever it is; a cell that we lose says "lost".
     """
-    cells = [rows for rows in cells_of(report["rows"]).values() if rows[0]["mode"] != "parts"]  # which is a picture
+    no_line = ("parts", "start")  # a picture, and figures of several kinds
+    cells = [rows for rows in cells_of(report["rows"]).values() if rows[0]["mode"] not in no_line]
     ran = dict.fromkeys(row["provider"] for rows in cells for row in rows if value_of(row))
     providers = sorted(ran, key=is_ours)  # stable
     dtypes = dict.fromkeys(rows[0]["dtype"] for rows in cells)
@@ -185,9 +188,9 @@ def readme_block(report: Mapping[str, Any]) -> str:
     lines.append("|---|" + "---:|" * (len(providers) + 2))
     for rows in cells:
         by_name = {row["provider"]: row for row in rows}
-        best = min(filter(_same_dtype, rows), key=lambda row: value_of(row) or math.inf, default=None)
+        best = min(filter(_same_dtype, rows), key=_value_or_inf, default=None)
         entries = [_entry(by_name.get(name), best) for name in providers]
-        mine = by_name.get("gptfast")
+        mine = min((by_name[name] for name in OURS if name in by_name), key=_value_or_inf, default=None)
         share = limits.share(mine) if mine and value_of(mine) else None
         entries += [_against_peers(mine, rows), f"{100 * share[0]:.0f} %" if share else "–"]
         dtype = f", {rows[0]['dtype']}" if len(dtypes) > 1 else ""
@@ -205,6 +208,10 @@ def readme_block(report: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", legend, what, ""])
 
 
+def _value_or_inf(row: Row) -> float:
+    return value_of(row) or math.inf
+
+
 def _same_dtype(row: Row) -> bool:
     """Whether the row was measured, and computes in its cell's dtype; memory and launches do not say, and do."""
     return bool(value_of(row)) and row.get("computes_in", row["dtype"]) == row["dtype"]
@@ -219,7 +226,7 @@ def _entry(row: Row | None, best: Row | None) -> str:
 def _against_peers(mine: Row | None, rows: Sequence[Row]) -> str:
     """How many times as good as the strongest peer ours is, and who that is."""
     peers = [row for row in rows if _same_dtype(row) and not is_ours(row["provider"])]
-    peer = min(peers, key=lambda row: value_of(row) or math.inf, default=None)
+    peer = min(peers, key=_value_or_inf, default=None)
     if mine is None or peer is None or not (ratio := speedup(mine, peer)):
         return "–"
     noise = is_noise(mine, peer)
@@ -243,7 +250,8 @@ def _describe(row: Row) -> str:
         return f"generate {shape['new']} tokens from {shape['T']}" + (f", {shape['B']} rows" if shape["B"] > 1 else "")
     if row["mode"] == "decode":
         return f"decode a token behind {shape['S']}, batch {shape['B']}"
-    names = {"memory": "peak memory, with labels,", "forward": "forward"}
+    names = {"memory": "peak memory, with labels,", "autotuned": "forward, rivals autotuned,"}
+    names["launch"] = "host time of a forward,"
     op = "" if row["op"] == "model" else row["op"] + " "
     return f"{op}{names.get(row['mode'], row['mode'])} {size}"
 

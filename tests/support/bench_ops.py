@@ -24,9 +24,17 @@ def task(cell: Cell, settings: Settings) -> Task:
     def crashing() -> Contender:
         return Contender(lambda: os.abort())
 
+    def crashing_later() -> Contender:
+        before_the_rounds = iter(range(3))  # the gate's call, and what is asked beside the times
+
+        def run() -> torch.Tensor:
+            return torch.ones(3, 4) if next(before_the_rounds, None) is not None else os.abort()
+
+        return Contender(run)
+
     def hanging() -> Contender:
         return Contender(lambda: time.sleep(600))
 
-    makers = {f.__name__: f for f in (right, wrong, absent, refusing, crashing, hanging)}
+    makers = {f.__name__: f for f in (right, wrong, absent, refusing, crashing, crashing_later, hanging)}
     providers = {name: makers[name] for name in cell.shape["providers"]}
     return Task(providers, lambda: [torch.ones(3, 4, dtype=torch.float64)], moved=96, flops=12, tokens=3)
