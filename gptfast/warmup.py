@@ -54,20 +54,21 @@ def warmup(
     calls: list[tuple[str, Callable[[], Any]]] = []
     for B in batch_sizes:
         ids = torch.zeros(B, T, dtype=torch.int64, device=model.device)
-        mask = torch.ones_like(ids)
+        whole = torch.ones_like(ids)  # without it, what equals the config's pad_token_id is padding
+        mask = whole.clone()
         mask[0, : T // 2] = 0
         generate = partial(_generate, model, ids, new_tokens)
         calls += [
             (f"forward {B} x {T}", partial(model, ids)),
             (f"forward {B} x {T}, padded", partial(model, ids, mask)),
-            (f"generate, {B} rows", generate),
-            (f"generate, {B} rows, sampled", partial(generate, do_sample=True, seed=0)),
+            (f"generate, {B} rows", partial(generate, whole)),
+            (f"generate, {B} rows, sampled", partial(generate, whole, do_sample=True, seed=0)),
             (f"generate, {B} rows, padded", partial(generate, mask)),
         ]
     return [Row(name, _seconds(call, model.device), _seconds(call, model.device)) for name, call in progress(calls)]
 
 
-def _generate(model: Any, ids: Tensor, new_tokens: int, mask: Tensor | None = None, **how: Any) -> Tensor:
+def _generate(model: Any, ids: Tensor, new_tokens: int, mask: Tensor, **how: Any) -> Tensor:
     return model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, overflow="slide", **how)
 
 

@@ -31,6 +31,10 @@ def test_a_model_of_one_position():
     assert len(warmup(gptfast.OpenAIGPTLMHeadModel(config).eval())) == 5
 
 
+def test_a_model_that_pads_with_the_warm_up_tokens():
+    assert len(warmup(make(pad_token_id=0))) == 5
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="model must be in eval mode"):
         warmup(make().train())
