@@ -32,7 +32,7 @@ from gptfast_kernels import (
 from gptfast_kernels.attention import attention_probs, attention_reference
 from gptfast_kernels.projection import linear_dtype
 
-from . import cpu
+from . import cpu, step
 from .cache import KVCache
 from .config import OpenAIGPTConfig
 from .inputs import check_cache, check_head_mask, check_position_ids, check_text, key_padding_mask
@@ -167,8 +167,8 @@ class Block(nn.Module):
         return layer_norm(x, ln.weight, ln.bias, residual=residual, dropout_p=dropout_p, eps=ln.eps)
 
 
-def plain_parts(block: Any, buffers: cpu.Buffers) -> cpu.Parts | None:
-    """A block's parts, if all are what was built here, drop nothing, fit, and nobody sees what is in between."""
+def plain_parts(block: Any) -> cpu.Parts | None:
+    """A block's parts, if all are what was built here, drop nothing, and nobody sees what is in between."""
     if not is_plain(block, Block) or type(block)._add_and_normalize is not Block._add_and_normalize:
         return None
     attn, mlp = block.attn, block.mlp
@@ -180,9 +180,7 @@ def plain_parts(block: Any, buffers: cpu.Buffers) -> cpu.Parts | None:
     for linear in (parts.c_attn, parts.c_proj, parts.c_fc, parts.mlp_c_proj):
         if not (is_plain(linear) or is_plain(linear, BlockedLinear)):
             return None
-    if not (is_plain(parts.ln_1, nn.LayerNorm) and is_plain(parts.ln_2, nn.LayerNorm)):
-        return None
-    return parts if buffers.fit(parts) else None
+    return parts if is_plain(parts.ln_1, nn.LayerNorm) and is_plain(parts.ln_2, nn.LayerNorm) else None
 
 
 def _is_table(module: Any) -> bool:
@@ -268,22 +266,34 @@ class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
         recompute = self._recomputes()
         x = self._embed(input_ids, inputs_embeds, token_type_ids, position_ids, B, T)
         weights_wanted = output_attentions or head_mask is not None
-        if context.inference and not weights_wanted and config.afn in GELU_FORMS and cpu.applies(x):
+        whole = context.inference and not weights_wanted and config.afn in GELU_FORMS  # a block can be run in one
+        if whole and cpu.applies(x):
             context.buffers = cpu.Buffers(x, context, config.n_head, 4 * config.n_embd)
-        hidden_states, attentions, parts = [], [], None
+        in_steps = whole and not output_hidden_states and step.applies(x)
+        norm: Any = None  # the last block's, if it left that to the next one's first kernel
+        nobody_keeps_x = False
+        hidden_states, attentions = [], []
         for layer, block in enumerate(self.h):
             if output_hidden_states:
                 hidden_states.append(x)
-            nobody_keeps_x = parts is not None and not output_hidden_states  # a plain block made it
-            parts = None if context.buffers is None else plain_parts(block, context.buffers)
-            if parts is not None:
-                x = cpu.run_block(parts, x, context, layer, consume=nobody_keeps_x)
-            elif recompute:
+            parts = plain_parts(block) if in_steps or context.buffers is not None else None
+            if in_steps and parts is not None and step.fit(parts, x):
+                x, norm = step.run_block(parts, x, norm, context, layer), parts.ln_2
+                continue
+            if norm is not None:
+                x, norm = step.normalize(norm, x), None
+            if parts is not None and context.buffers is not None and context.buffers.fit(parts):
+                x, nobody_keeps_x = cpu.run_block(parts, x, context, layer, nobody_keeps_x), not output_hidden_states
+                continue
+            nobody_keeps_x = False
+            if recompute:
                 x, probs = checkpoint(block, x, context, layer, **self.checkpoint_kwargs)
             else:
                 x, probs = block(x, context, layer)
             if output_attentions:
                 attentions.append(probs)
+        if norm is not None:
+            x = step.normalize(norm, x)
         if cache is not None:
             cache.advance(T)
 

@@ -204,12 +204,12 @@ _op = torch.ops.gptfast.gemv.default
 # ---- public ----
 
 
-def _cannot(x: Tensor, norm: Norm | None) -> str | None:
-    """Why our kernel cannot take a call; None if it can."""
+def why_not(x: Tensor, normalize: bool) -> str | None:
+    """Why our kernel cannot take x [..., K], to be normalized or not; None if it can."""
     rows, K = math.prod(x.shape[:-1]), x.shape[-1]
     if rows > MAX_ROWS:
         return f"{rows} rows are above {MAX_ROWS}"
-    if norm is not None and K > MAX_NORM_WIDTH:
+    if normalize and K > MAX_NORM_WIDTH:
         return f"a norm of {K} columns is above {MAX_NORM_WIDTH}"
     if _triton.is_autocast_on(x.device):
         return "autocast is on, and would cast the weights in every call"
@@ -271,7 +271,7 @@ def gemv(
         if other is not None and other.dtype != x.dtype:
             raise TypeError(f"{name} is {other.dtype}, but x is {x.dtype}")
 
-    chosen = _dispatch.select("gemv", backend, _cannot(x, norm), "not measured yet against cuBLAS")
+    chosen = _dispatch.select("gemv", backend, why_not(x, norm is not None), "not measured yet against cuBLAS")
     if chosen == "triton":
         y, n = _op(x, weight, bias, norm_weight, norm_bias, eps, approximate, residual)
         return y, x if norm is None else n
