@@ -296,7 +296,7 @@ class GenerationMixin:
 
         Args:
             input_ids: int [B, T], padded left or right where ``attention_mask`` is 0.
-            max_new_tokens: tokens to add; or ``max_length``, of prompt and all. 20 new ones if neither is given.
+            max_new_tokens: tokens to add; or ``max_length``, of prompt and all, with its padding.
             streamer: sees the prompt, then every token as it comes.
             pad_token_id: fills a row behind its stop token; the config's, else the stop token, else 0.
             num_return_sequences: continuations of each prompt, rows b * n … b * n + n - 1.
@@ -333,11 +333,10 @@ class GenerationMixin:
             )
         if max_length is not None:
             check_int("max_length", max_length)
-        if max_new_tokens is None:
-            T, room = input_ids.shape[1], self.config.n_positions - input_ids.shape[1]  # type: ignore[attr-defined]
-            max_new_tokens = min(20, max(room, 1)) if max_length is None else max_length - T
-            if max_length is not None and max_new_tokens < 1:
+            T = input_ids.shape[1]
+            if max_new_tokens is None and max_length <= T:
                 raise ValueError(f"max_length must exceed the prompt's {T} positions, got {max_length}")
+            max_new_tokens = max_length - T if max_new_tokens is None else max_new_tokens
 
         settings.setdefault("look_every", LOOK_EVERY if input_ids.is_cuda and streamer is None else 1)
         steps = self.generate_stream(
@@ -363,7 +362,7 @@ class GenerationMixin:
         self,
         input_ids: Tensor,
         *,
-        max_new_tokens: int,
+        max_new_tokens: int | None = None,
         attention_mask: Tensor | None = None,
         min_new_tokens: int = 0,
         do_sample: bool = False,
@@ -383,6 +382,7 @@ class GenerationMixin:
 
         Args:
             input_ids, attention_mask: as in ``generate``.
+            max_new_tokens: if None, 20, or as many as there is room for.
             min_new_tokens: no row stops before these.
             do_sample: draw from the distribution; else take the likeliest token, whatever temperature, top_k and top_p.
             temperature: divides the logits, > 0 (None: 1). top_k: draw among the k likeliest (None or 0: all).
@@ -397,8 +397,8 @@ class GenerationMixin:
             overflow: what happens at the model's last position. "error": a text that would pass it is refused. "slide":
                 the row goes on behind the last half of its window, which is read again from position 0. What a row
                 sees then depends on its length alone.
-            look_every: steps between two looks at whether all rows have stopped, which a GPU is waited for at; their
-                tokens come at once.
+            look_every: steps between two looks at whether all rows have stopped, for which a GPU is waited; their
+                tokens come together.
 
         Raises:
             ValueError, TypeError: an argument is not accepted, the text would pass n_positions, or a subclass's forward
@@ -408,7 +408,7 @@ class GenerationMixin:
         P = self.config.n_positions  # type: ignore[attr-defined]
         _check_forward(self)
         check_count("look_every", look_every)
-        check_count("max_new_tokens", max_new_tokens)
+        check_count("max_new_tokens", 1 if max_new_tokens is None else max_new_tokens)
         check_count("min_new_tokens", min_new_tokens, 0)
         check_count("top_k", 0 if top_k is None else top_k, 0)
         for name, value in (("temperature", temperature), ("top_p", top_p), ("repetition_penalty", repetition_penalty)):
@@ -434,6 +434,8 @@ class GenerationMixin:
             raise ValueError("attention_mask has a row without any token")
         if use_cache and self.transformer.training and min(lengths) < max(lengths):  # type: ignore[attr-defined]
             raise ValueError("attention_mask leaves rows of different length: use_cache=True needs model.eval()")
+        if max_new_tokens is None:
+            max_new_tokens = 20 if overflow == "slide" else max(1, min(20, P - max(lengths)))
         if overflow == "error" and max(lengths) + max_new_tokens > P:
             raise ValueError(
                 f"max_new_tokens is {max_new_tokens} and input_ids has {max(lengths)} positions, "

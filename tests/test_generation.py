@@ -530,6 +530,11 @@ def test_lengths():
     model = make()
     assert model.generate(ids(1, 5)).shape == (1, 25)
     assert model.generate(ids(1, 30)).shape == (1, P)
+    assert model.generate(ids(1, P), overflow="slide").shape == (1, P + 20)
+    mask = torch.ones(2, P).long()
+    mask[:, 5:] = 0
+    assert model.generate(ids(2, P), attention_mask=mask).shape == (2, P + 20)  # padding takes no room
+    assert len(list(model.generate_stream(ids(2, P), attention_mask=mask))) == 20
     assert model.generate(ids(1, 5), max_length=7).shape == (1, 7)
     assert model.generate(ids(1, 5), max_length=7, max_new_tokens=4).shape == (1, 9)
     assert model.generate(ids(1, P - 1), max_new_tokens=1).shape == (1, P)
