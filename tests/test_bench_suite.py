@@ -147,7 +147,7 @@ def test_a_provider_that_crashes_or_hangs_costs_its_own_row(tmp_path, monkeypatc
         seen.append([row["provider"] for row in json.loads(report.path.read_text())["rows"]])
 
     monkeypatch.setattr(suite.Report, "write", watch)
-    cells = [cell("right"), cell("right", "crashing", "wrong", "hanging", "crashing_later")]
+    cells = [cell("right"), cell("crashing_later", "right", "crashing", "wrong", "hanging")]
     report = suite.run(cells, SETTINGS, tmp_path, profile="smoke", progress=False)
     assert ["right"] in seen  # before the crash
     first, *rest = report.rows
