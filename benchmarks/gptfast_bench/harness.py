@@ -33,7 +33,8 @@ ROOT = Path(__file__).parents[2]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What a provider may be off from float64, a few times what PyTorch's own ops are: see `error_of`
 TOLERANCE = {"float32": 2e-4, "bfloat16": 4e-2, "float16": 5e-3}
-FLUSH_BYTES = 2**30  # more than any L2 cache, and longer to write than a launch takes Python
+FLUSH_BYTES = 2**30  # more than any L2 cache
+FLUSHES = 4  # a millisecond or more: longer than Python takes to launch an op and its backward pass
 Row = dict[str, Any]
 T = TypeVar("T")
 
@@ -191,8 +192,10 @@ def time_in_turn(
     Stops after ``rounds``, or after ``least`` once ``seconds`` are over. ``turn_of`` hears each name before its turn.
 
     On a GPU 1 GiB is written first, which flushes the L2 cache. With ``wait_every`` the host's clock then runs over so
-    many calls until the GPU is done: launches and all. Without, events stand around one call, which Python has launched
-    before the GPU is done writing: the kernels alone. On a CPU a call below a millisecond is repeated until it is not.
+    many calls until the GPU is done: launches and all. Without, it is written ``FLUSHES`` times, and events stand about
+    one call, launched before the GPU is done writing: the kernels alone.
+
+    On a CPU a call that takes less than a millisecond is repeated until it does not.
     """
     clock = _host_ms
     if torch.device(device).type == "cuda":
@@ -227,7 +230,8 @@ def _host_ms(call: Callable[[], Any]) -> float:
 
 def _device_ms(call: Callable[[], Any], flush: Tensor) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    flush.zero_()
+    for _ in range(FLUSHES):
+        flush.zero_()
     start.record()
     call()
     end.record()
