@@ -48,7 +48,8 @@ class GraphedStep:
         for parameter in self.parameters:
             parameter.grad = None  # so that the recorded pass allocates them among what it keeps
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # "thread_local": another thread makes the next batch meanwhile, in pinned memory
+        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
             self.loss = self.gradients(batches)
         torch.cuda.set_rng_state(before)
 

@@ -142,7 +142,13 @@ def fit(
         progress=options.progress,
         is_main=parallel.is_main,
     )
-    with _interruptible() as interrupted, closing(report), _prefetched(batches, first, settings.steps) as ahead:
+    current = torch.cuda.device(device if device.type == "cuda" else -1)  # for events and graphs, which take its stream
+    with (
+        current,
+        _interruptible() as interrupted,
+        closing(report),
+        _prefetched(batches, first, settings.steps) as ahead,
+    ):
         watch = Watch(parallel, device)
         for step, batch in enumerate(ahead, first):
             torch.manual_seed(settings.seed * 1_000_003 + step * parallel.replicas + parallel.replica)  # dropout
