@@ -39,6 +39,9 @@ class DeferredLogits:
         with torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad), exactly:
             return F.linear(self.hidden.to(self.dtype), self.weight.to(self.dtype))
 
+    def __repr__(self) -> str:
+        return "<computed when read>"
+
     def _versions(self) -> list[int]:
         """How often each was changed in place; 0 for a tensor made in inference mode, which does not count."""
         return [0 if x.is_inference() else x._version for x in (self.hidden, self.weight)]
@@ -114,6 +117,9 @@ class ModelOutput:
     def __len__(self) -> int:
         return len(self.keys())
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={self.__dict__[name]!r}' for name in self.keys())})"
+
     def __getstate__(self) -> dict[str, Any]:  # what is pickled and copied holds tensors alone
         return {name: getattr(self, name) for name in self.__dict__}
 
@@ -121,7 +127,7 @@ class ModelOutput:
 Tensors = tuple[Tensor, ...]
 
 
-@dataclass
+@dataclass(repr=False)
 class BaseModelOutput(ModelOutput):
     last_hidden_state: Tensor | None = None  # [B, T, C]
     hidden_states: Tensors | None = None  # n_layer + 1 of [B, T, C]: the embeddings, then each block's result
@@ -129,7 +135,7 @@ class BaseModelOutput(ModelOutput):
     past_key_values: KVCache | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class CausalLMOutput(ModelOutput):
     loss: Tensor | None = None  # scalar
     logits: Tensor | None = _Logits()  # type: ignore[assignment]  # [B, T, V]; computed when read, beside a loss
@@ -138,7 +144,7 @@ class CausalLMOutput(ModelOutput):
     past_key_values: KVCache | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class OpenAIGPTDoubleHeadsModelOutput(ModelOutput):
     loss: Tensor | None = None  # language-model loss
     mc_loss: Tensor | None = None  # multiple-choice loss; the two are not summed
@@ -148,7 +154,7 @@ class OpenAIGPTDoubleHeadsModelOutput(ModelOutput):
     attentions: Tensors | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class SequenceClassifierOutput(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None  # [B, num_labels]

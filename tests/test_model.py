@@ -560,6 +560,13 @@ def test_outputs_are_read_by_name_by_number_and_as_a_tuple():
         output[3]
 
 
+def test_printing_an_output_computes_nothing():
+    output = make()(GOOD, labels=GOOD)
+    assert repr(output) == f"CausalLMOutput(loss={output.loss!r}, logits=<computed when read>)"
+    output = make()(GOOD)
+    assert repr(output) == f"CausalLMOutput(logits={output.logits!r})"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_copy_pickle_and_flatten(kind):
     with torch.no_grad():
