@@ -21,9 +21,12 @@ from .config import OpenAIGPTConfig
 CHECK_IDS_ON_GPU = os.environ.get("GPTFAST_CHECK_IDS") == "1"
 
 
-def check_tensor(name: str, x: Tensor) -> None:
+def check_tensor(name: str, x: Tensor, device: torch.device | None = None) -> None:
+    """Raises unless ``x`` is a tensor, and where the model's other inputs are, on ``device``, if that is given."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if device is not None and x.device != device:
+        raise ValueError(f"{name} must be on {device} as the other inputs are, got {x.device}")
 
 
 def _may_read(x: Tensor) -> bool:
@@ -121,14 +124,16 @@ def check_position_ids(position_ids: Tensor | None, shape: torch.Size, n_positio
     return position_ids.reshape(-1, T)
 
 
-def key_padding_mask(attention_mask: Tensor | None, shape: torch.Size, held: int) -> Tensor | None:
+def key_padding_mask(
+    attention_mask: Tensor | None, shape: torch.Size, held: int, device: torch.device
+) -> Tensor | None:
     """``attention_mask`` as bool [B, S], for ids of ``shape`` [..., T] behind ``held`` positions in a cache.
 
     Returns None where nothing is masked: all ones is what a tokenizer sends for a batch without padding.
     """
     if attention_mask is None:
         return None
-    check_tensor("attention_mask", attention_mask)
+    check_tensor("attention_mask", attention_mask, device)
     B, S = math.prod(shape[:-1]), held + shape[-1]
     if attention_mask.shape not in ((B, S), (1, S), (*shape[:-1], S)):
         raise ValueError(f"attention_mask must be [{B}, {S}], got shape {list(attention_mask.shape)}")
@@ -136,11 +141,13 @@ def key_padding_mask(attention_mask: Tensor | None, shape: torch.Size, held: int
     return None if mask.device.type == "cpu" and _may_read(mask) and bool(mask.all()) else mask
 
 
-def check_head_mask(head_mask: Tensor | None, L: int, H: int, dtype: torch.dtype) -> Tensor | None:
+def check_head_mask(
+    head_mask: Tensor | None, L: int, H: int, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
     """``head_mask`` as [L, H] of ``dtype``, for L blocks."""
     if head_mask is None:
         return None
-    check_tensor("head_mask", head_mask)
+    check_tensor("head_mask", head_mask, device)
     if head_mask.shape not in ((H,), (L, H)):
         raise ValueError(f"head_mask must be [{H}] or [{L}, {H}], got shape {list(head_mask.shape)}")
     return head_mask.to(dtype).expand(L, H)

@@ -256,7 +256,9 @@ class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
         tokens = self.tokens_embed.weight
         shape = check_text(input_ids, inputs_embeds, token_type_ids, tokens, config.n_positions)  # [..., T]
         position_ids = check_position_ids(position_ids, shape, config.n_positions)
-        context = self._context(shape, attention_mask, head_mask, past_key_values, use_cache, output_attentions)
+        device = (input_ids if inputs_embeds is None else inputs_embeds).device  # type: ignore[union-attr]
+        masks = attention_mask, head_mask
+        context = self._context(shape, device, *masks, past_key_values, use_cache, output_attentions)
         T, B, cache = shape[-1], math.prod(shape[:-1]), context.cache
         if position_ids is None and cache is not None:
             steps = torch.arange(T, device=cache.k.device)
@@ -309,6 +311,7 @@ class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
     def _context(
         self,
         shape: torch.Size,
+        device: torch.device,
         attention_mask: Tensor | None,
         head_mask: Tensor | None,
         cache: KVCache | None,
@@ -321,12 +324,11 @@ class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
         inference = not (training or torch.is_grad_enabled())
         if self._recomputes() and (cache is not None or use_cache):
             raise ValueError("use_cache=True and past_key_values cannot go with gradient checkpointing")
-        head_mask = check_head_mask(head_mask, blocks, self.config.n_head, weight.dtype)
+        head_mask = check_head_mask(head_mask, blocks, self.config.n_head, weight.dtype, device)
         if cache is not None:
             may_be_ragged = inference and attention_mask is None and not output_attentions
-            dtype, device = linear_dtype(weight), weight.device
-            held = check_cache(cache, blocks, self.config, shape, dtype, device, may_be_ragged)
-        padding = key_padding_mask(attention_mask, shape, held)
+            held = check_cache(cache, blocks, self.config, shape, linear_dtype(weight), weight.device, may_be_ragged)
+        padding = key_padding_mask(attention_mask, shape, held, device)
         if cache is None and use_cache:
             cache = self.new_cache(math.prod(shape[:-1]))
         return AttentionContext(padding, head_mask, cache, output_attentions, inference)

@@ -430,6 +430,8 @@ BAD_TEXT: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"position_ids": torch.arange(T).float()}, TypeError, "position_ids must be int32 or int64, got torch.float32"),
     ({"head_mask": torch.ones(H + 1)}, ValueError, r"head_mask must be \[3\] or \[2, 3\], got shape \[4\]"),
     ({"head_mask": [1.0] * H}, TypeError, "head_mask must be a tensor, got list"),
+    ({"head_mask": torch.ones(H, device="meta")}, ValueError, "head_mask must be on cpu as the other inputs are, got"),
+    ({"attention_mask": GOOD.to("meta")}, ValueError, "attention_mask must be on cpu as the other inputs are, got"),
     ({"head_masks": None}, TypeError, "unexpected keyword argument 'head_masks'"),
 ]
 BAD_LM: list[tuple[dict[str, Any], type[Exception], str]] = [
