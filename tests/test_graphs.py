@@ -276,7 +276,7 @@ def test_what_a_model_refuses_a_captured_one_refuses(monkeypatch):
             fast(torch.full_like(x, V))
         with pytest.raises(ValueError, match="input_ids is on meta, but token_weight is on"):
             fast(x.to("meta"))
-        with pytest.raises(ValueError, match="attention_mask must be on .* as the other inputs are, got meta"):
+        with pytest.raises(ValueError, match=r"attention_mask must be on .* as the other inputs are, got meta"):
             fast(x, torch.ones_like(x, device="meta"))
         with pytest.raises(TypeError, match=r"input_ids must be int32 or int64, got torch\.float32"):
             fast(x.float())
