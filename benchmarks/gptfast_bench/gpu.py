@@ -25,8 +25,8 @@ from gptfast.cli import main as gptfast
 
 from .harness import ROOT
 
-OPS = ("attention", "normalization", "activation", "projection", "loss", "embeddings", "decode")
-TESTS = [f"tests/test_{op}.py" for op in OPS]
+OPS = ("attention", "normalization", "activation", "projection", "loss", "embeddings", "decode", "matvec")
+TESTS = [f"tests/test_{name}.py" for name in (*OPS, "step", "graphs", "warmup")]
 # A few, since they take a hundred times as long
 SANITIZED = ["tests/test_attention.py", "-k", "test_lengths or test_windows or test_varlen or test_dropout"]
 TEST_SECONDS = 240.0  # where timings follow
