@@ -16,7 +16,8 @@ Shapes: B rows, T positions.
 import operator
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -37,7 +38,21 @@ KEPT_DECODERS = 4  # of a model; each holds a cache
 
 # ---- the CUDA calls
 
-_capturing = threading.Lock()  # a process may capture one graph at a time
+_recording = threading.Lock()  # a process may record one graph at a time
+
+
+@contextmanager
+def recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterator[None]:
+    """What is launched inside becomes ``graph``. stream: on the device of it all, where PyTorch's own need not be.
+
+    cuBLAS's workspace is then among the graph's own memory. Otherwise it is the stream's, and whatever drops that, as
+    the end of another graph recorded there or a recording by torch.compile, leaves this one with freed memory.
+    """
+    # "thread_local": other threads may allocate meanwhile
+    with _recording, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        torch._C._cuda_clearCublasWorkspaces()
+        yield
+    torch._C._cuda_clearCublasWorkspaces()
 
 
 class Graph:
@@ -46,17 +61,14 @@ class Graph:
     def __init__(self, run: Callable[[], Any], device: torch.device, warm_up: Callable[[], Any] | None = None):
         self.graph = torch.cuda.CUDAGraph()
         self.device, self.done = device, torch.cuda.Event()
-        with _capturing, torch.cuda.device(device):
-            # a stream of its own, on this device: PyTorch's is on the one that was first captured on, and graphs
-            # captured on one stream share cuBLAS's workspace, also where two of them are replayed at once
+        with torch.cuda.device(device):
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
                 for _ in range(2):
                     (warm_up or run)()
             torch.cuda.current_stream().wait_stream(aside)
-            # "thread_local": other threads may allocate meanwhile
-            with torch.cuda.graph(self.graph, stream=aside, capture_error_mode="thread_local"):
+            with recording(self.graph, aside):
                 self.result = run()
 
     def wait(self) -> None:

@@ -475,6 +475,31 @@ def test_values_are_not_looked_at_while_a_graph_is_captured(monkeypatch):
         assert inputs._may_read(on_a_gpu) is not capturing
 
 
+def test_the_calls_that_record(monkeypatch):
+    """Twice aside, then once into the graph: one at a time, on this device's stream, with a workspace of its own."""
+    cuda, order = mock.MagicMock(), []
+    cuda.graph.return_value.__enter__.side_effect = lambda *_: order.append("begin")
+    cuda.graph.return_value.__exit__.side_effect = lambda *_: order.append("end")
+    cuda.stream.return_value.__enter__.side_effect = lambda *_: order.append("aside")
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: order.append("clear"), raising=False)
+
+    device = torch.device("cuda:1")
+    graph = graphs.Graph(lambda: order.append(graphs._recording.locked()), device, lambda: order.append("warm up"))
+
+    assert order == ["aside", "warm up", "warm up", "begin", "clear", True, "end", "clear"]
+    assert not graphs._recording.locked()
+    cuda.device.assert_called_once_with(device)
+    cuda.stream.assert_called_once_with(cuda.Stream())
+    cuda.graph.assert_called_once_with(graph.graph, stream=cuda.Stream(), capture_error_mode="thread_local")
+    graph.wait()
+    cuda.current_stream(device).wait_event.assert_called_once_with(graph.done)
+    graph.replay()
+    graph.graph.replay.assert_called_once_with()
+    graph.finish()
+    graph.done.record.assert_called_once_with(cuda.current_stream(device))
+
+
 @gpu
 def test_another_gpu():
     if torch.cuda.device_count() < 2:

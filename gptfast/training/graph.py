@@ -6,6 +6,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from ..graphs import recording
 from .batch import Batch
 
 WARM_UP = 3  # passes before recording, in which libraries allocate what they keep
@@ -48,8 +49,7 @@ class GraphedStep:
         for parameter in self.parameters:
             parameter.grad = None  # so that the recorded pass allocates them among what it keeps
         self.graph = torch.cuda.CUDAGraph()
-        # "thread_local": another thread makes the next batch meanwhile, in pinned memory
-        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+        with recording(self.graph, stream):
             self.loss = self.gradients(batches)
         torch.cuda.set_rng_state(before)
 
