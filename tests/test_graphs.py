@@ -477,6 +477,7 @@ def test_values_are_not_looked_at_while_a_graph_is_captured(monkeypatch):
 
 def test_the_calls_that_record(monkeypatch):
     """Twice aside, then once into the graph: one at a time, on this device's stream, with a workspace of its own."""
+    monkeypatch.undo()  # no tape
     cuda, order = mock.MagicMock(), []
     cuda.graph.return_value.__enter__.side_effect = lambda *_: order.append("begin")
     cuda.graph.return_value.__exit__.side_effect = lambda *_: order.append("end")
