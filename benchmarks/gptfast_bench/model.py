@@ -297,7 +297,7 @@ def _contenders(
                 made = Contender(_without_gradients(captured(model, wrap)))
             elif not isinstance(made := makes[kind](model, wrap), Contender):
                 run = _without_gradients(made)
-                made = Contender(capture(run) if mode == "CUDA graph" else run)
+                made = Contender(capture(run, settings.device) if mode == "CUDA graph" else run)
         coarse = "int8" if name == "int8" else dtype
         return dataclasses.replace(
             made,
@@ -483,7 +483,7 @@ def _decode(cell: Cell, settings: Settings) -> Task:
             cache.seqlens = held.fill_(S)
             return model(ids[:, S:], past_key_values=cache, use_cache=True).logits[:, -1]
 
-        return capture(_without_gradients(run))
+        return capture(_without_gradients(run), settings.device)
 
     def hand_made(model: HandMade, wrap: Wrap) -> Callable[[], Tensor]:
         cache = model.new_cache(B, S + 1)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptfast import graphs
+
 from .harness import DTYPES, Cell, Contender, Settings, Task, Unavailable, installed, need_gpu, noise_of
 
 Call = Callable[..., Tensor]
@@ -83,21 +85,13 @@ def _timed(cell: Cell, call: Call, inputs: Sequence[Tensor], dout: Callable[[], 
     return lambda: torch.autograd.grad(out(), leaves, dout(), retain_graph=True)
 
 
-def capture(call: Callable[[], Any]) -> Callable[[], Any]:
-    """``call`` as a CUDA graph: the replay, which returns what the captured call did."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
+def capture(call: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """``call`` as a CUDA graph: the replay, which returns what the recorded call did."""
+    graph = graphs.Graph(call, torch.device(device))
 
     def replay() -> Any:
         graph.replay()
-        return out
+        return graph.result
 
     return replay
 
