@@ -261,9 +261,9 @@ class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
         context = self._context(shape, device, *masks, past_key_values, use_cache, output_attentions)
         T, B, cache = shape[-1], math.prod(shape[:-1]), context.cache
         if position_ids is None and cache is not None:
-            steps = torch.arange(T, device=cache.k.device)
-            held = cache.seqlens
-            position_ids = held[:, None] + steps if isinstance(held, Tensor) else held + steps
+            held: Any = cache.seqlens[:, None] if isinstance(cache.seqlens, Tensor) else cache.seqlens
+            one_each = T == 1 and isinstance(held, Tensor)  # a step of decoding, of which each kernel counts
+            position_ids = held if one_each else held + torch.arange(T, device=cache.k.device)
 
         recompute = self._recomputes()
         x = self._embed(input_ids, inputs_embeds, token_type_ids, position_ids, B, T)
