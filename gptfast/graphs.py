@@ -110,10 +110,10 @@ class Baked:
         )
 
     def _parts(self) -> list[nn.Module | Tensor | None]:
-        return [part for table in self.tables for part in table.values()]
+        return [part for table in self.tables if table for part in table.values()]  # most are empty
 
-    def _places(self) -> list[tuple[int, torch.dtype]]:
-        return [(x.data_ptr(), x.dtype) for x in self.tensors]
+    def _places(self) -> tuple[list[int], list[torch.dtype]]:
+        return [x.data_ptr() for x in self.tensors], [x.dtype for x in self.tensors]
 
 
 def _choices(kind: str) -> tuple:

@@ -475,6 +475,13 @@ def test_values_are_not_looked_at_while_a_graph_is_captured(monkeypatch):
         assert inputs._may_read(on_a_gpu) is not capturing
 
 
+def test_a_graph_within_a_graph_runs_uncaptured(monkeypatch):
+    monkeypatch.undo()  # no tape
+    model = mock.Mock(parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda"))]))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert graphs.why_not([model]) == "a CUDA graph is being captured around it"
+
+
 def test_the_calls_that_record(monkeypatch):
     """Twice aside, then once into the graph: one at a time, on this device's stream, with a workspace of its own."""
     monkeypatch.undo()  # no tape
