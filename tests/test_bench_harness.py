@@ -125,7 +125,7 @@ def test_a_profile_calls_what_multiplies_a_matmul(how):
     body, x = gptfast.OpenAIGPTModel(config).eval(), torch.zeros(1, 320 if how[0] == "3" else 1, dtype=torch.int64)
     changes = {"int8": gptfast.quantize, "packed": gptfast.pack, "one position in bfloat16": torch.nn.Module.bfloat16}
     body = changes.get(how, torch.nn.Identity())(body)
-    with torch.no_grad(), torch.profiler.profile() as profile:
+    with torch.no_grad(), torch.profiler.profile(acc_events=True) as profile:
         body(x)
     names = [event.key for event in profile.key_averages() if re.search(r"mm|bag", event.key)]
     assert names

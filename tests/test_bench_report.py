@@ -214,6 +214,25 @@ def test_a_readme_table_compares_like_with_like(tmp_path):
     assert re.search(r"\| ~[01]\.\d\d× SDPA \|", readme(near, tmp_path))
 
 
+def test_a_readme_table_takes_our_graph_where_there_is_one(tmp_path):
+    """And never a variant that says which backend auto should have taken."""
+    names = (("transformers", 30.0), ("hand-made SDPA CUDA graph", 10.0), ("gptfast", 20.0))
+    rows = [row(name, ms, baseline="transformers") for name, ms in names]
+    more = [
+        row("gptfast CUDA graph", 5.0, baseline="transformers"),
+        row("gptfast triton", 1.0, baseline="transformers"),
+    ]
+    start = row("gptfast", 1.0, mode="start", baseline="transformers", import_ms=1.0, torch_import_ms=1.0)
+    (line,) = [line for line in readme([*rows, *more, start], tmp_path).splitlines() if line.startswith("| attention")]
+    assert re.search(r"\| (1\.9|2\.0)\d× hand-made SDPA CUDA graph \| 3 % \|$", line)
+
+
+def test_the_first_call_with_warm_caches_is_shown():
+    start = {"import_ms": 400.0, "torch_import_ms": 2000.0, "cold_call_ms": 9000.0, "warm_call_ms": 1234.0}
+    text = report.table(run([row("gptfast", 1.0, op="model", mode="start", baseline="gptfast", **start)]))
+    assert "first call 9,000 ms, 1,234 with warm caches" in text
+
+
 def test_a_readme_table_shows_what_is_wrong_or_not_there(tmp_path):
     two = [
         {**each, "dtype": dtype}
