@@ -137,8 +137,8 @@ class Config:
 
 
 BLOCK_M = 16  # the least that a matrix instruction takes
-# (dtype, largest head dim) -> row. Compiled for four targets, not timed. At the widths named nothing spills; in float32 at
-# some between them, as 40, a few registers do. The bounds are CUDA's.
+# (dtype, largest head dim) -> row. Compiled for four targets, not timed. At the widths named nothing spills; in float32
+# at some between them, as 40, a few registers do. The bounds are CUDA's.
 CONFIGS = {
     ("half", 64): Config(64, 4, 3, registers=128, blocks=4),  # sm_90: 96 registers, 5 blocks
     ("half", 128): Config(64, 4, 2, registers=144, blocks=3),  # sm_90: 110 registers, 4 blocks; 144 by triton 3.6
