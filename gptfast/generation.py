@@ -25,7 +25,7 @@ from .cache import KVCache
 from .inputs import check_ids, check_tensor
 from .linear import is_plain
 
-# What a step asks a forward pass for, besides the cache, whatever the config says.
+# What a step, and a recorded pass, asks a forward pass for besides the cache, whatever the config says.
 PLAIN = {"use_cache": False, "output_attentions": False, "output_hidden_states": False, "return_dict": True}
 
 # Steps on a GPU between two looks at whether all rows have stopped: a look waits for the GPU. On a CPU it is free.

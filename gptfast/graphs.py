@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from gptfast_kernels import _dispatch
 
-from .generation import Decoder, Settings
+from .generation import PLAIN, Decoder, Settings
 from .heads import OpenAIGPTLMHeadModel
 from .inputs import check_ids
 from .linear import is_watched
@@ -238,11 +238,10 @@ class Captured:
         device = next(self.model.parameters()).device
         ids = torch.zeros(shape, dtype=torch.int64, device=device)
         mask = torch.ones(shape, dtype=torch.bool, device=device) if masked else None
-        plain = {"output_attentions": False, "output_hidden_states": False, "return_dict": True, "use_cache": False}
         with _dispatch.record() as choices:
-            self.model(ids, mask, **plain)
+            self.model(ids, mask, **PLAIN)
         with _dispatch.record(), _casting_anew(device.type):  # the same choices once more, which are nobody's calls
-            graph = Graph(lambda: self.model(ids, mask, **plain), device)
+            graph = Graph(lambda: self.model(ids, mask, **PLAIN), device)
         return _Recorded(ids, mask, graph, choices)
 
 
