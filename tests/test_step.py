@@ -129,7 +129,11 @@ def leave_layer(model):
     model.transformer.h[1].mlp.c_fc = nn.Sequential(model.transformer.h[1].mlp.c_fc)
 
 
-@pytest.mark.parametrize("change", [leave_training, leave_layer])
+def leave_layout(model):
+    model.transformer.h[1] = gptfast.pack(model.transformer.h[1].cpu()).to(DEVICE)
+
+
+@pytest.mark.parametrize("change", [leave_training, leave_layer, leave_layout])
 def test_a_block_that_is_not_plain_takes_the_ops(change, runs):
     model = make()
     change(model)
@@ -155,6 +159,26 @@ def test_a_block_unlike_the_config(runs):
         with use_backend("triton"):
             torch.testing.assert_close(model(ids(1, 2)).logits, expected)
     assert runs == [0, 1, 2]
+
+
+def test_layers_without_parameters(runs):
+    model = make()
+    first, second, _ = model.transformer.h
+    first.attn.c_attn.bias = second.mlp.c_fc.bias = first.ln_1.bias = None
+    first.ln_2 = nn.LayerNorm(C, elementwise_affine=False)
+    assert_right(model, ids(1, 1))
+    assert set(runs) == {0, 1, 2}
+
+
+def test_padded_rows(runs):
+    model, x = make(), ids(2, 2)
+    mask = torch.tensor([[0, 1], [1, 1]], device=DEVICE)
+    with torch.inference_mode():
+        expected = model(x, mask).logits
+        with use_backend("triton"):
+            found = model(x, mask).logits
+    assert runs == [0, 1, 2]
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ start of another kernel. A post-norm block is five with this one: QKV behind the
 projection with its residual, GELU's projection behind the norm, and the last projection with its residual.
 
 A program makes some columns of y for one row, and finds the norm's statistics for itself: a row is read from the L2
-cache, where the kernel that would have normalized it has to be waited for. The first weights are loaded before the
-statistics. The programs of all rows of x follow one another over the same columns: those weights come from memory once.
-The mean is found in two steps, as in ``layer_norm``. n is rounded to x's dtype, and y once.
+cache, where the kernel that would have normalized it has to be waited for. What comes from memory is asked for first:
+nothing behind the statistics or the sum waits for it, up to one step of k. The programs of all rows of x follow one
+another over the same columns: those weights come from memory once. The mean is found in two steps, as in
+``layer_norm``. n is rounded to x's dtype, and y once.
 
 Bytes: N K weights. FLOPs: two an element of it and row. No gradient: decoding is inference.
 
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _dispatch, _triton
-from ._autograd import as_rows, contiguous
+from ._autograd import as_rows, contiguous, wants_grad
 from ._triton import tl, triton
 from .activation import check_gelu, gelu_of, gelu_reference
 from .normalization import layer_norm_reference
@@ -56,9 +57,9 @@ MAX_ROWS = 4  # more of them are a matmul
 MAX_NORM_WIDTH = 8192  # a normalized row is held by every program
 WARPS = 8
 # Compiled, not timed. Columns of a program: 16 are a sector of the cache in half precision; fewer where a narrow weight
-# would leave multiprocessors without work. Two steps of weights are held at once.
+# would leave multiprocessors without work. A step of k is a row of GPT-1 in half precision; two are held at once.
 NARROW = 2048
-STEP = 512  # of k
+STEP = 2048  # bytes
 
 
 def columns(N: int) -> int:
@@ -69,10 +70,18 @@ def columns(N: int) -> int:
 
 
 @triton.jit
-def _load_weights(Weight, start, n, N, stride_wn, stride_wk, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[BLOCK_K, BLOCK_N]: columns n of rows start … of weight.T."""
-    k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)[:, None]
-    return tl.load(Weight + k * stride_wk + n[None, :] * stride_wn, mask=(k < K) & (n < N)[None, :], other=0.0)
+def _load_step(
+    X, Weight, NormWeight, NormBias, start, n, N, stride_wn, stride_wk, K: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """For BLOCK_K values of k from start on: weights [BLOCK_K, BLOCK_N] of columns n, x, the norm's weight and bias."""
+    k = start + tl.arange(0, BLOCK_K)
+    inside = k < K
+    at = k.to(tl.int64)[:, None] * stride_wk + n[None, :] * stride_wn
+    weights = tl.load(Weight + at, mask=inside[:, None] & (n < N)[None, :], other=0.0)
+    x = tl.load(X + k, mask=inside, other=0.0)
+    scale = 1.0 if NormWeight is None else tl.load(NormWeight + k, mask=inside, other=0.0).to(tl.float32)
+    shift = 0.0 if NormBias is None else tl.load(NormBias + k, mask=inside, other=0.0).to(tl.float32)
+    return weights, x, scale, shift
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -100,9 +109,13 @@ def _gemv_kernel(
 ):
     tile = tl.program_id(0) // M
     row = (tl.program_id(0) % M).to(tl.int64)
-    n = tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    n = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     X += row * stride_x
-    weights = _load_weights(Weight, 0, n, N, stride_wn, stride_wk, K, BLOCK_K)
+    following = _load_step(X, Weight, NormWeight, NormBias, 0, n, N, stride_wn, stride_wk, K, BLOCK_K)
+    bias = 0.0 if Bias is None else tl.load(Bias + n, mask=n < N, other=0.0).to(tl.float32)
+    residual = 0.0
+    if Residual is not None:
+        residual = tl.load(Residual + row * stride_residual + n, mask=n < N, other=0.0).to(tl.float32)
 
     if Normed is not None:
         column = tl.arange(0, ROW)
@@ -114,29 +127,21 @@ def _gemv_kernel(
 
     products = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
-        following = _load_weights(Weight, start + BLOCK_K, n, N, stride_wn, stride_wk, K, BLOCK_K)
-        k = start + tl.arange(0, BLOCK_K)
-        x = tl.load(X + k, mask=k < K, other=0.0).to(tl.float32)
+        weights, x, scale, shift = following
+        following = _load_step(X, Weight, NormWeight, NormBias, start + BLOCK_K, n, N, stride_wn, stride_wk, K, BLOCK_K)
+        x = x.to(tl.float32)
         if Normed is not None:
-            x = (x - about - rest) * rstd
-            if NormWeight is not None:
-                x *= tl.load(NormWeight + k, mask=k < K, other=0.0).to(tl.float32)
-            if NormBias is not None:
-                x += tl.load(NormBias + k, mask=k < K, other=0.0).to(tl.float32)
+            k = start + tl.arange(0, BLOCK_K)
+            x = (x - about - rest) * rstd * scale + shift
             x = tl.where(k < K, x, 0.0).to(Normed.dtype.element_ty)
             tl.store(Normed + row * K + k, x, mask=(k < K) & (tile == 0))
             x = x.to(tl.float32)
         products += weights.to(tl.float32) * x[:, None]
-        weights = following
 
-    y = tl.sum(products, 0)
-    if Bias is not None:
-        y += tl.load(Bias + n, mask=n < N, other=0.0).to(tl.float32)
+    y = tl.sum(products, 0) + bias
     if APPROXIMATE is not None:
         y = gelu_of(y, APPROXIMATE == "tanh")
-    if Residual is not None:
-        y += tl.load(Residual + row * stride_residual + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(Y + row * N + n, y, mask=n < N)
+    tl.store(Y + row * N + n, y + residual, mask=n < N)
 
 
 # ---- launcher and registration ----
@@ -158,7 +163,7 @@ def _launch(
     (M, K), N = x.shape, len(weight)
     if M:
         block = columns(N)
-        step = min(STEP, max(16, triton.next_power_of_2(K)))
+        step = min(STEP // x.element_size(), max(16, triton.next_power_of_2(K)))
         _dispatch.configured(1, block, step, warps=WARPS)
         with _triton.on(x):
             _gemv_kernel[(M * max(1, triton.cdiv(N, block)),)](
@@ -246,7 +251,7 @@ def gemv(
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
-        (y [..., N], n [..., K]), in x's dtype.
+        (y [..., N], n [..., K]), in x's dtype; under autocast in those that torch's operators give.
 
     Raises:
         ValueError: a shape, a device or ``approximate`` is not accepted. TypeError: the tensors differ in dtype.
@@ -273,6 +278,7 @@ def gemv(
 
     chosen = _dispatch.select("gemv", backend, why_not(x, norm is not None), "not measured yet against cuBLAS")
     if chosen == "triton":
+        wants_grad()  # raises under a transform that would take y for a constant
         y, n = _op(x, weight, bias, norm_weight, norm_bias, eps, approximate, residual)
         return y, x if norm is None else n
     if chosen == "reference":
