@@ -76,9 +76,9 @@ def _load_step(
     """For BLOCK_K values of k from start on: weights [BLOCK_K, BLOCK_N] of columns n, x, the norm's weight and bias."""
     k = start + tl.arange(0, BLOCK_K)
     inside = k < K
+    x = tl.load(X + k, mask=inside, other=0.0)
     at = k.to(tl.int64)[:, None] * stride_wk + n[None, :] * stride_wn
     weights = tl.load(Weight + at, mask=inside[:, None] & (n < N)[None, :], other=0.0)
-    x = tl.load(X + k, mask=inside, other=0.0)
     scale = 1.0 if NormWeight is None else tl.load(NormWeight + k, mask=inside, other=0.0).to(tl.float32)
     shift = 0.0 if NormBias is None else tl.load(NormBias + k, mask=inside, other=0.0).to(tl.float32)
     return weights, x, scale, shift
@@ -118,6 +118,7 @@ def _gemv_kernel(
         residual = tl.load(Residual + row * stride_residual + n, mask=n < N, other=0.0).to(tl.float32)
 
     if Normed is not None:
+        tl.debug_barrier()  # without it the compiler moves the loads above behind the first sum
         column = tl.arange(0, ROW)
         u = tl.load(X + column, mask=column < K, other=0.0).to(tl.float32)
         about = tl.sum(u, 0) / K
