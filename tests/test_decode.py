@@ -355,3 +355,19 @@ def test_one_token_on_a_cpu_is_one_call_of_torchs_attention(monkeypatch):
     assert [tuple(keys.shape) for keys, _ in seen] == [(B, H, 8, D)] * 2 + [(1, H, n, D) for n in (8, 10, 2)]
     assert all(mask is None for _, mask in seen)
     assert all(keys.untyped_storage().data_ptr() == k_cache.untyped_storage().data_ptr() for keys, _ in seen)
+
+
+def test_transforms_are_refused():
+    """Silence would be a gradient of zero."""
+    q, k, v, k_cache, v_cache = tensors(1, dtype=torch.float32)
+
+    def f(q):
+        return flash_attention_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=3, backend="triton").sum()
+
+    before = k_cache.clone()
+    for transform in (lambda: torch.func.grad(f)(q), lambda: torch.func.jvp(f, (q,), (q,))):
+        with pytest.raises(RuntimeError, match="cannot pass this backend"):
+            transform()
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode differentiation"):
+        f(torch.autograd.forward_ad.make_dual(q, q))
+    assert torch.equal(k_cache, before)

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _dispatch, _triton
+from ._autograd import wants_grad
 from ._triton import tl, triton
 from .attention import flash_attention
 
@@ -459,6 +460,7 @@ def flash_attention_with_kvcache(
     if chosen == "torch":
         return _torch(q, k_cache, v_cache, k, v, known, scale, causal)
     if chosen == "triton":
+        wants_grad()  # raises under a transform that would take the result for a constant
         each, all_rows = (cache_seqlens, 0) if isinstance(cache_seqlens, Tensor) else (None, cache_seqlens)
         return _op(q, k_cache, v_cache, k, v, each, all_rows, scale, causal)
     seqlens = torch.as_tensor(cache_seqlens, device=q.device).expand(B)
