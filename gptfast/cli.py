@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import re
 import statistics
@@ -670,6 +671,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads our output, `head` say, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return 128 + 13  # as the signal would have it
     except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, FloatingPointError) as error:
         message = error.args[0] if isinstance(error, KeyError) else error  # str() of a KeyError is a repr
         print(f"gptfast: error: {message}", file=sys.stderr)

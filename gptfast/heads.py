@@ -131,6 +131,7 @@ def _loss(
     shift: bool = True,
 ) -> tuple[Tensor, Tensor | DeferredLogits]:
     """The language-model loss of hidden [..., T, C] in float32 at least, and its logits: a plain head defers them."""
+    labels = labels.to(hidden.device)  # as HuggingFace's loss has it
     if is_plain(head, nn.Linear) and head.bias is None and not torch.compiler.is_compiling():
         how: Any = {"ignore_index": ignore_index, "reduction": reduction, "shift": shift}
         return linear_cross_entropy(hidden, head.weight, labels.long(), **how), DeferredLogits(hidden, head.weight)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .generation import check_count
 from .heads import OpenAIGPTLMHeadModel
 
 
@@ -43,13 +44,15 @@ def warmup(
         progress: wraps the list of calls; tqdm fits.
 
     Raises:
-        ValueError: the model is in training mode, or a batch size is not accepted.
+        ValueError, TypeError: the model is in training mode, or a number is not accepted.
     """
     if model.training:
         raise ValueError("model must be in eval mode: model.eval()")
+    check_count("new_tokens", new_tokens)
+    if not isinstance(batch_sizes, Iterable):
+        raise TypeError(f"batch_sizes must be a sequence of ints, got {batch_sizes!r}")
     for B in batch_sizes:
-        if B < 1:
-            raise ValueError(f"batch_sizes must be from 1, got {B}")
+        check_count("batch_sizes", B)
     T = max(1, model.config.n_positions - new_tokens)
     calls: list[tuple[str, Callable[[], Any]]] = []
     for B in batch_sizes:

@@ -1,6 +1,7 @@
 """The commands, on the model that ships, as a user runs them."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -195,3 +196,12 @@ def test_interrupt_is_quiet(run, monkeypatch):
 
     monkeypatch.setattr(OpenAIGPTLMHeadModel, "from_pretrained", interrupt)
     assert run("generate", "--prompt", "a") == (130, "", "gptfast: interrupted\n")
+
+
+def test_a_reader_that_has_enough_ends_it_quietly():
+    command = [sys.executable, "-m", "gptfast.cli", "generate", "--prompt", "It was", "--max-new-tokens", "400"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        assert b"rror" not in process.stderr.read()
+        assert process.wait() == 141

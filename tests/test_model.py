@@ -977,3 +977,10 @@ def test_shapes_without_data(kind, training):
     real = model(**example(kind)).to_tuple()
     inputs = {name: x.to("meta") for name, x in example(kind).items()}
     assert [x.shape for x in model.to("meta")(**inputs).to_tuple()] == [x.shape for x in real]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_labels_may_stay_on_the_cpu():
+    """HuggingFace's loss moves them to the logits."""
+    model, x = make().cuda(), GOOD.cuda()
+    assert torch.equal(model(x, labels=GOOD.cpu()).loss, model(x, labels=x).loss)

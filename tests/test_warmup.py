@@ -38,8 +38,12 @@ def test_a_model_that_pads_with_the_warm_up_tokens():
 def test_refusals():
     with pytest.raises(ValueError, match="model must be in eval mode"):
         warmup(make().train())
-    with pytest.raises(ValueError, match="batch_sizes must be from 1, got 0"):
+    with pytest.raises(ValueError, match="batch_sizes must be at least 1, got 0"):
         warmup(make(), (1, 0))
+    with pytest.raises(TypeError, match="batch_sizes must be a sequence of ints, got 2"):
+        warmup(make(), 2)
+    with pytest.raises(ValueError, match="new_tokens must be at least 1, got 0"):
+        warmup(make(), new_tokens=0)
 
 
 def test_command(capsys, monkeypatch):
