@@ -257,8 +257,7 @@ class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
         shape = check_text(input_ids, inputs_embeds, token_type_ids, tokens, config.n_positions)  # [..., T]
         position_ids = check_position_ids(position_ids, shape, config.n_positions)
         device = (input_ids if inputs_embeds is None else inputs_embeds).device  # type: ignore[union-attr]
-        masks = attention_mask, head_mask
-        context = self._context(shape, device, *masks, past_key_values, use_cache, output_attentions)
+        context = self._context(shape, device, attention_mask, head_mask, past_key_values, use_cache, output_attentions)
         T, B, cache = shape[-1], math.prod(shape[:-1]), context.cache
         if position_ids is None and cache is not None:
             held: Any = cache.seqlens[:, None] if isinstance(cache.seqlens, Tensor) else cache.seqlens
@@ -339,8 +338,14 @@ class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
     def new_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
         """An empty cache for this model, in the dtype that its keys have: autocast's where that is on."""
         weight = self.tokens_embed.weight
-        made_for: Any = {"n_layer": len(self.h), "dtype": linear_dtype(weight), "device": weight.device}
-        return KVCache(self.config, batch_size, max_length, **made_for)
+        return KVCache(
+            self.config,
+            batch_size,
+            max_length,
+            n_layer=len(self.h),
+            dtype=linear_dtype(weight),
+            device=weight.device,
+        )
 
     def _embed(self, input_ids, inputs_embeds, token_type_ids, position_ids, B, T) -> Tensor:  # [B, T, C]
         dropout_p = self.config.embd_pdrop if self.training else 0.0

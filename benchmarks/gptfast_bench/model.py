@@ -501,8 +501,7 @@ def _decode(cell: Cell, settings: Settings) -> Task:
         captured=captured,
         read=read,
     )
-    exact = functools.partial(exact_logits, size, ids, 1)
-    return Task(providers, lambda: [exact()[:, -1]], flops=flops, tokens=B, wait_every=STEPS)
+    return Task(providers, lambda: [exact_logits(size, ids, 1)[:, -1]], flops=flops, tokens=B, wait_every=STEPS)
 
 
 def _generate(cell: Cell, settings: Settings) -> Task:

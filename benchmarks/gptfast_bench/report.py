@@ -250,8 +250,11 @@ def _describe(row: Row) -> str:
         return f"generate {shape['new']} tokens from {shape['T']}" + (f", {shape['B']} rows" if shape["B"] > 1 else "")
     if row["mode"] == "decode":
         return f"decode a token behind {shape['S']}, batch {shape['B']}"
-    names = {"memory": "peak memory, with labels,", "autotuned": "forward, rivals autotuned,"}
-    names["launch"] = "host time of a forward,"
+    names = {
+        "memory": "peak memory, with labels,",
+        "autotuned": "forward, rivals autotuned,",
+        "launch": "host time of a forward,",
+    }
     op = "" if row["op"] == "model" else row["op"] + " "
     return f"{op}{names.get(row['mode'], row['mode'])} {size}"
 
